@@ -1,0 +1,20 @@
+"""flashtile: exact attention that never stores the score matrix, in Python all the way."""
+
+from flashtile.errors import FallbackRefused, FlashtileError, InvalidArgument, MissingExtra, UnsupportedProblem
+from flashtile.functional import attention, attention_varlen, attention_varlen_with_lse, attention_with_lse
+from flashtile.spec.merge import merge_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FallbackRefused",
+    "FlashtileError",
+    "InvalidArgument",
+    "MissingExtra",
+    "UnsupportedProblem",
+    "attention",
+    "attention_varlen",
+    "attention_varlen_with_lse",
+    "attention_with_lse",
+    "merge_attention",
+]

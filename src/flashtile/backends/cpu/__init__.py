@@ -1,0 +1,1 @@
+"""Attention on the CPU: tiled online softmax in plain torch, and torch's own fused op where it serves the whole problem."""

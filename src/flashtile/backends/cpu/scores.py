@@ -1,0 +1,102 @@
+"""What happens to a tile of raw scores between the product q @ k.T and the softmax, and back in the gradient.
+
+In order: softcap, then bias and ALiBi, then masks. Only this file knows these options; ``tiled.py`` never asks for them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.cpu.addressing import Sequence
+from flashtile.spec import dropout, masks
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Rows and columns of one sequence's score matrix."""
+
+    rows: slice
+    cols: slice
+    is_full: bool
+    """Whether window and causality leave every pair of the tile visible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRules:
+    """The options of a problem as they apply to the score tiles [heads_q, BLOCK_Q, BLOCK_KV] of one sequence."""
+
+    problem: AttentionProblem
+    operands: Operands
+    sequence: Sequence
+
+    def hides(self, tile: Tile) -> bool:
+        """Whether the boolean mask empties the whole tile, so that it need not be computed."""
+        mask = self.operands.mask
+        return mask is not None and not bool(self._tile_of(mask, tile).any())
+
+    def capped(self, s: Tensor) -> Tensor:
+        """The scores after softcap; may overwrite ``s``."""
+        softcap = self.problem.softcap
+        return s.div_(softcap).tanh_().mul_(softcap) if softcap > 0 else s
+
+    def through_cap(self, d_s: Tensor, s_capped: Tensor) -> Tensor:
+        """The gradient of the raw scores from that of the capped ones: tanh' = 1 - tanh ** 2."""
+        softcap = self.problem.softcap
+        return d_s * (1 - (s_capped / softcap) ** 2) if softcap > 0 else d_s
+
+    def biased_and_masked(self, s: Tensor, tile: Tile) -> Tensor:
+        """The final scores: bias and ALiBi added, hidden pairs at -inf."""
+        operands = self.operands
+        if operands.bias is not None:
+            s = s + self._tile_of(operands.bias, tile).to(s.dtype)
+        if operands.alibi_slopes is not None:
+            slopes = operands.alibi_slopes.to(s.dtype)
+            slopes = slopes if slopes.dim() == 1 else slopes[self.sequence.batch_idx]
+            q_pos, kv_pos = self._positions(tile)
+            s = s - slopes[:, None, None] * (q_pos + self._offset - kv_pos).abs()
+        if not tile.is_full:
+            q_pos, kv_pos = self._positions(tile)
+            s = s.masked_fill(~masks.is_visible(self.problem.mask, q_pos, kv_pos, self._offset), -math.inf)
+        if operands.mask is not None:
+            s = s.masked_fill(~self._tile_of(operands.mask, tile), -math.inf)
+        return s
+
+    def add_bias_gradient(self, d_bias: Tensor, d_s: Tensor, tile: Tile) -> None:
+        """Adds a tile's share to the gradient accumulator, which has the bias's own (broadcast) shape."""
+        target = self._tile_of(d_bias, tile)
+        target += d_s.sum_to_size(target.shape)
+
+    def dropped(self, p: Tensor, tile: Tile) -> Tensor:
+        """Probabilities (or their gradient) after dropout."""
+        seed, dropout_p = self.operands.dropout_seed, self.problem.dropout_p
+        if seed is None:
+            return p
+        keep = dropout.keep_mask(
+            seed,
+            dropout_p=dropout_p,
+            batch_idx=torch.tensor(self.sequence.batch_idx),
+            head_idx=torch.arange(self.problem.heads_q)[:, None, None],
+            q_pos=torch.arange(tile.rows.start, tile.rows.stop)[:, None],
+            kv_begin=tile.cols.start,
+            kv_end=tile.cols.stop,
+        )
+        return p * keep / (1 - dropout_p)
+
+    @property
+    def _offset(self) -> int:
+        return self.sequence.seqlen_kv - self.sequence.seqlen_q
+
+    def _positions(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        return torch.arange(tile.rows.start, tile.rows.stop)[:, None], torch.arange(tile.cols.start, tile.cols.stop)
+
+    def _tile_of(self, tensor: Tensor, tile: Tile) -> Tensor:
+        """A view of the tile's part of a tensor that broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]."""
+        batch, _, rows, cols = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+        view = tensor[(None,) * (4 - tensor.dim())][self.sequence.batch_idx if batch > 1 else 0]
+        return view[:, tile.rows if rows > 1 else slice(None), tile.cols if cols > 1 else slice(None)]

@@ -1,0 +1,1 @@
+"""The textbook formula; it materialises the scores, and everything else is compared with it."""

@@ -1,0 +1,59 @@
+"""Chooses the backend: problem and device in, Plan with its reason out. Imports plans, never kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from flashtile import settings
+from flashtile.backends.base import Plan, Planner
+from flashtile.backends.cpu import plan as cpu
+from flashtile.backends.naive import plan as naive
+from flashtile.errors import FallbackRefused, InvalidArgument, UnsupportedProblem
+from flashtile.spec.devices import DeviceSpec
+from flashtile.spec.problem import AttentionProblem
+
+BACKENDS: dict[str, Planner] = {"cpu": cpu, "naive": naive}
+"""Every backend, fastest first; ``auto`` takes the first that does not reject the problem."""
+
+
+def check_backend(backend: str) -> None:
+    """Raises InvalidArgument unless ``backend`` is ``auto`` or the name of a backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise InvalidArgument(
+            "backend",
+            got=repr(backend),
+            wanted=" or ".join(repr(name) for name in ("auto", *BACKENDS)),
+            remedy="leave it at 'auto'; flashtile.support_matrix() lists what each backend takes",
+        )
+
+
+def choose(problem: AttentionProblem, device: DeviceSpec, backend: str = "auto") -> Plan:
+    """The plan for ``problem`` on ``device``.
+
+    Raises:
+        UnsupportedProblem: no backend takes it, or the one that was asked for by name does not.
+        FallbackRefused: strict mode is on and only the naive formula takes it.
+    """
+    if backend == "auto":
+        backend = settings.default_backend()
+        check_backend(backend)
+    plan = _choose(problem, device, backend)
+    if plan.backend == "naive" and backend == "auto" and settings.is_strict():
+        raise FallbackRefused(
+            "FLASHTILE_STRICT=1 refuses the fallback to the naive formula. The other backends decline because:",
+            dict(plan.rejected),
+        )
+    return plan
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: AttentionProblem, device: DeviceSpec, backend: str) -> Plan:
+    candidates = BACKENDS if backend == "auto" else {backend: BACKENDS[backend]}
+    rejected: dict[str, tuple[str, ...]] = {}
+    for name, planner in candidates.items():
+        reasons = planner.rejects(problem, device)
+        if not reasons:
+            return replace(planner.plan(problem, device), rejected=tuple(rejected.items()))
+        rejected[name] = reasons
+    raise UnsupportedProblem(f"No allowed backend takes this problem on {device.name}:", rejected)

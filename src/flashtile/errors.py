@@ -1,0 +1,59 @@
+"""The exceptions that flashtile raises on purpose; everything else is a bug of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class FlashtileError(Exception):
+    """Base of every exception that flashtile raises on purpose."""
+
+
+class InvalidArgument(FlashtileError, ValueError):
+    """A call that no backend could serve, because one of its arguments is wrong.
+
+    The text and the attributes name the argument, what it got, what was wanted and the remedy.
+    """
+
+    def __init__(self, argument: str, *, got: str, wanted: str, remedy: str) -> None:
+        self.argument = argument
+        self.got = got
+        self.wanted = wanted
+        self.remedy = remedy
+        super().__init__(f"{argument}: got {got}; wanted {wanted}. Remedy: {remedy}")
+
+    def __reduce__(self):  # keyword-only arguments do not survive the default pickling
+        return _rebuild_invalid_argument, (self.argument, self.got, self.wanted, self.remedy)
+
+
+def _rebuild_invalid_argument(argument: str, got: str, wanted: str, remedy: str) -> InvalidArgument:
+    return InvalidArgument(argument, got=got, wanted=wanted, remedy=remedy)
+
+
+class UnsupportedProblem(FlashtileError, NotImplementedError):
+    """A correct call that the allowed backends decline; ``reasons`` has each backend's own words."""
+
+    def __init__(self, headline: str, reasons: Mapping[str, tuple[str, ...]]) -> None:
+        self.headline = headline
+        self.reasons = dict(reasons)
+        lines = [f"  {backend}: {'; '.join(why)}" for backend, why in self.reasons.items()]
+        super().__init__("\n".join([headline, *lines]))
+
+    def __reduce__(self):
+        return type(self), (self.headline, self.reasons)
+
+
+class FallbackRefused(UnsupportedProblem):
+    """Strict mode is on and only the naive formula would have served the call."""
+
+
+class MissingExtra(FlashtileError, ImportError):
+    """A command needs a package of an optional extra that is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(f"{package} is not installed. Remedy: pip install 'flashtile[{extra}]'")
+
+    def __reduce__(self):
+        return type(self), (self.package, self.extra)

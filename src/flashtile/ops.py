@@ -1,0 +1,144 @@
+"""The registered torch ops: what ``torch.compile``, export, autograd and activation checkpointing see of flashtile.
+
+There are two, and each hides everything from planning to the kernels, so a graph holds one node per attention call:
+
+* ``flashtile::attention_forward`` -> (out, lse)
+* ``flashtile::attention_backward`` -> the gradients named in ``gradients``, in the order of ``spec.problem.DIFFERENTIABLE``
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from flashtile import dispatch, settings
+from flashtile.backends.base import Launcher, Plan, Saved
+from flashtile.spec import devices, validation
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import DIFFERENTIABLE, AttentionProblem, MaskSpec
+
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv"
+)
+_OPTIONS = (
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_kv, SymInt? window_left, SymInt? window_right, float scale, float softcap, "
+    "float dropout_p, bool deterministic, str gradients, str backend"
+)
+_NUM_INPUTS = _OPERANDS.count(",") + _OPTIONS.count(",") + 2
+_TENSOR_FIELDS = (
+    "q",
+    "k",
+    "v",
+    "bias",
+    "mask",
+    "alibi_slopes",
+    "sinks",
+    "dropout_seed",
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+)
+
+
+def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked call, differentiable; the only caller of the registered op."""
+    is_packed = problem.layout == "varlen"
+    return attention_forward(
+        *(getattr(operands, name) for name in _TENSOR_FIELDS),
+        problem.seqlen_q if is_packed else None,
+        problem.seqlen_kv if is_packed else None,
+        problem.mask.left,
+        problem.mask.right,
+        problem.scale,
+        problem.softcap,
+        problem.dropout_p,
+        problem.deterministic,
+        ",".join(sorted(problem.gradients)),
+        backend,
+    )
+
+
+@custom_op("flashtile::attention_forward", mutates_args=(), schema=f"({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)")
+def attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    problem, operands, plan = _stated(inputs)
+    if operands.q.device.type == "cpu" or settings.checks_values_on_gpu():
+        validation.check_values(problem, operands)
+    return _launcher(plan).forward(problem, operands, plan)
+
+
+@custom_op(
+    "flashtile::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor? d_out, Tensor? d_lse, Tensor out, Tensor lse, {_OPERANDS}, {_OPTIONS}) -> Tensor[]",
+)
+def attention_backward(
+    d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
+) -> list[Tensor]:
+    problem, operands, plan = _stated(inputs)
+    grads = _launcher(plan).backward(problem, operands, Saved(out=out, lse=lse), d_out, d_lse, plan)
+    return [cast(Tensor, getattr(grads, name)) for name in _wanted(problem.gradients)]
+
+
+def _stated(inputs: tuple[Any, ...]) -> tuple[AttentionProblem, Operands, Plan]:
+    """The op's flat inputs as the three objects they stand for."""
+    operands, options = Operands(**dict(zip(_TENSOR_FIELDS, inputs, strict=False))), inputs[len(_TENSOR_FIELDS) :]
+    max_seqlen_q, max_seqlen_kv, left, right, scale, softcap, dropout_p, deterministic, gradients, backend = options
+    problem = AttentionProblem.of(
+        operands,
+        mask=MaskSpec(left=left, right=right),
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        gradients=frozenset(gradients.split(",")) - {""},
+        deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_kv=max_seqlen_kv,
+    )
+    return problem, operands, dispatch.choose(problem, devices.detect(operands.q.device), backend)
+
+
+def _launcher(plan: Plan) -> Launcher:
+    return cast(Launcher, import_module(f"flashtile.backends.{plan.backend}.launch"))
+
+
+def _wanted(gradients: frozenset[str] | list[str]) -> list[str]:
+    return [name for name in DIFFERENTIABLE if name in gradients]
+
+
+# --- what the compiler and autograd need to know ----------------------------------------------------------------------
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *rows, heads_q, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*rows, heads_q, v.shape[-1]), q.new_empty(*rows[:-1], heads_q, rows[-1], dtype=lse_dtype)
+
+
+@attention_backward.register_fake
+def _(d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
+    tensors = dict(zip(_TENSOR_FIELDS, inputs, strict=False))
+    gradients = inputs[_NUM_INPUTS - 2].split(",")
+    return [torch.empty_like(tensors[name], memory_format=torch.contiguous_format) for name in _wanted(gradients)]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *inputs[: len(_TENSOR_FIELDS)])
+    ctx.options = inputs[len(_TENSOR_FIELDS) :]
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, gradients, backend = *ctx.saved_tensors, *ctx.options
+    grads = iter(attention_backward(d_out, d_lse, *saved, gradients, backend))
+    wanted = _wanted(gradients.split(","))
+    by_input = [next(grads) if name in wanted else None for name in DIFFERENTIABLE]
+    q, k, v, bias, sinks = by_input
+    return (q, k, v, bias, None, None, sinks, *(None,) * (_NUM_INPUTS - 7))
+
+
+attention_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

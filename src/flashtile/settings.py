@@ -1,0 +1,38 @@
+"""Every environment variable that flashtile reads; there are three.
+
+| variable | values | meaning |
+|---|---|---|
+| ``FLASHTILE_BACKEND`` | a backend's name, or ``auto`` | what ``backend="auto"`` means in this process |
+| ``FLASHTILE_STRICT`` | ``0`` or ``1`` | with ``1``, falling back to the naive formula is an error |
+| ``FLASHTILE_CHECK_VALUES`` | ``0`` or ``1`` | with ``1``, tensor values on a GPU are checked too; it synchronises |
+"""
+
+from __future__ import annotations
+
+import os
+
+from flashtile.errors import InvalidArgument
+
+
+def default_backend() -> str:
+    """The backend that ``backend="auto"`` stands for."""
+    return os.environ.get("FLASHTILE_BACKEND", "auto") or "auto"
+
+
+def is_strict() -> bool:
+    """Whether falling back to the naive formula is an error."""
+    return _flag("FLASHTILE_STRICT")
+
+
+def checks_values_on_gpu() -> bool:
+    """Whether the values inside ``cu_seqlens`` on a GPU are read and checked at every call."""
+    return _flag("FLASHTILE_CHECK_VALUES")
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "0") or "0"
+    if value not in ("0", "1"):
+        raise InvalidArgument(
+            name, got=repr(value), wanted="0 or 1", remedy=f"set the environment variable {name} to 0 or 1, or unset it"
+        )
+    return value == "1"

@@ -1,0 +1,1 @@
+"""What an attention call means, in plain Python and torch: no backend, no kernel language."""

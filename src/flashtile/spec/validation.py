@@ -1,0 +1,450 @@
+"""The only checker: turns what a person passed into Operands and an AttentionProblem, or says what is wrong with it.
+
+Structure (ranks, shapes, dtypes, devices, option ranges) is checked for every call. Values inside tensors are checked by
+``check_values``, which reads them, so it runs on CPU tensors and, on request only, on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.errors import InvalidArgument
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import DIFFERENTIABLE, AttentionProblem, MaskSpec
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DENSE_AXES = "[batch, seqlen, heads, head_dim]"
+PACKED_AXES = "[tokens, heads, head_dim]"
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: Sequence[int | None] | None,
+    scale: float | None,
+    softcap: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: int | Tensor | None,
+    deterministic: bool,
+    wants_lse: bool,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_packed: bool = False,
+) -> tuple[AttentionProblem, Operands]:
+    """Checks one call of a public function and states it as (problem, operands)."""
+    _check_qkv(q, k, v, rank=3 if is_packed else 4)
+    if is_packed:
+        assert cu_seqlens_q is not None and cu_seqlens_kv is not None
+        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+        _check_cu_seqlens("cu_seqlens_kv", cu_seqlens_kv, q)
+        if cu_seqlens_q.shape != cu_seqlens_kv.shape:
+            raise InvalidArgument(
+                "cu_seqlens_kv",
+                got=f"{cu_seqlens_kv.shape[0]} entries beside {cu_seqlens_q.shape[0]} in cu_seqlens_q",
+                wanted="as many entries as cu_seqlens_q (batch + 1)",
+                remedy="give every sequence a query range and a key range; either may be empty",
+            )
+        check_count("max_seqlen_q", max_seqlen_q, minimum=0)
+        check_count("max_seqlen_kv", max_seqlen_kv, minimum=0)
+        batch, seqlen_q, seqlen_kv = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_kv
+    else:
+        batch, seqlen_q, seqlen_kv = q.shape[0], q.shape[1], k.shape[1]
+    heads_q = q.shape[-2]
+    scores_shape = (batch, heads_q, seqlen_q, seqlen_kv)
+
+    _check_bias(bias, q, scores_shape)
+    _check_mask(mask, q, scores_shape)
+    _check_alibi(alibi_slopes, q, batch, heads_q)
+    _check_sinks(sinks, q, heads_q)
+    mask_spec = check_mask_spec(causal=causal, window=window)
+    check_flag("deterministic", deterministic)
+    dropout_p = check_dropout_p(dropout_p)
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_seed=_check_seed(dropout_seed, dropout_p, q.device),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
+    )
+    problem = AttentionProblem.of(
+        operands,
+        mask=mask_spec,
+        scale=check_scale(scale, q.shape[-1]),
+        softcap=check_softcap(softcap),
+        dropout_p=dropout_p,
+        gradients=_wanted_gradients(operands, wants_lse=wants_lse),
+        deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_kv=max_seqlen_kv,
+    )
+    return problem, operands
+
+
+# --- options: plain Python values -------------------------------------------------------------------------------------
+
+
+def check_mask_spec(*, causal: bool, window: Sequence[int | None] | None) -> MaskSpec:
+    """Causal attention is a window whose right end is 0; both together take the narrower right end."""
+    check_flag("causal", causal)
+    left, right = _check_window(window)
+    if causal:
+        right = 0
+    return MaskSpec(left=left, right=right)
+
+
+def _check_window(window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise InvalidArgument(
+            "window",
+            got=_describe(window),
+            wanted="a pair (left, right), or None",
+            remedy="pass window=(left, right) in tokens, None on a side for unlimited",
+        )
+    for side, reach in zip(("left", "right"), window, strict=True):
+        if reach is None:
+            continue
+        if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:
+            raise InvalidArgument(
+                "window",
+                got=f"{side} = {_describe(reach)}",
+                wanted="an integer >= 0, or None for unlimited",
+                remedy=f"pass None instead of a negative number to leave the {side} side unlimited",
+            )
+    return window[0], window[1]
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if not _is_number(scale) or not math.isfinite(scale):
+        raise InvalidArgument(
+            "scale",
+            got=_describe(scale),
+            wanted="a finite Python number, or None for head_dim ** -0.5",
+            remedy="pass scale=float(...), or leave it out",
+        )
+    return float(scale)
+
+
+def check_softcap(softcap: float) -> float:
+    if not _is_number(softcap) or not math.isfinite(softcap) or softcap < 0:
+        raise InvalidArgument(
+            "softcap",
+            got=_describe(softcap),
+            wanted="a finite number >= 0 (0 means no cap)",
+            remedy="pass softcap=0.0 to switch it off, or the positive cap of your model, such as 50.0",
+        )
+    return float(softcap)
+
+
+def check_dropout_p(dropout_p: float) -> float:
+    if not _is_number(dropout_p) or not 0 <= dropout_p < 1:
+        raise InvalidArgument(
+            "dropout_p",
+            got=_describe(dropout_p),
+            wanted="a probability in [0, 1)",
+            remedy="pass the probability of dropping an attention weight; 0.0 switches dropout off",
+        )
+    return float(dropout_p)
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise InvalidArgument(name, got=_describe(value), wanted="True or False", remedy=f"pass {name}=bool(...)")
+
+
+def check_count(name: str, value: int | None, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < minimum:
+        raise InvalidArgument(
+            name,
+            got=_describe(value),
+            wanted=f"an integer >= {minimum}",
+            remedy=f"pass {name} as a Python int, not as a tensor: reading a tensor would synchronise the device",
+        )
+
+
+def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed as a 0-d int64 tensor on the device; drawn from torch's generator if dropout needs one."""
+    remedy = (
+        "pass a Python int below 2**63, a 0-d int64 tensor on q's device, or None to draw one from torch's generator"
+    )
+    wanted = "an int, a 0-d int64 tensor, or None"
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            raise InvalidArgument("dropout_seed", got=_describe(seed), wanted=wanted, remedy=remedy)
+        _check_device("dropout_seed", seed, device)
+        return seed if dropout_p > 0 else None
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise InvalidArgument("dropout_seed", got=_describe(seed), wanted=wanted, remedy=remedy)
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _wanted_gradients(operands: Operands, *, wants_lse: bool) -> frozenset[str]:
+    if not torch.is_grad_enabled():
+        return frozenset()
+    tensors = {name: getattr(operands, name) for name in DIFFERENTIABLE}
+    wanted = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+    return frozenset([*wanted, "lse"] if wanted and wants_lse else wanted)
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, rank: int) -> None:
+    axes = DENSE_AXES if rank == 4 else PACKED_AXES
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_strided_tensor(name, tensor)
+        if tensor.dim() != rank:
+            other = "attention_varlen" if rank == 4 else "attention"
+            raise InvalidArgument(
+                name,
+                got=f"{tensor.dim()} axes, shape {list(tensor.shape)}",
+                wanted=f"{rank} axes, {axes}",
+                remedy=f"reshape it to {axes}, or call flashtile.{other} for the other layout",
+            )
+        if tensor.dtype not in DTYPES:
+            raise InvalidArgument(
+                name,
+                got=str(tensor.dtype),
+                wanted="float16, bfloat16, float32 or float64",
+                remedy=f"convert it first, for example {name}.to(torch.bfloat16)",
+            )
+        if tensor.dtype != q.dtype:
+            raise InvalidArgument(
+                name,
+                got=f"{tensor.dtype} beside q of {q.dtype}",
+                wanted="one dtype for q, k and v",
+                remedy=f"pass {name}.to({q.dtype})",
+            )
+        _check_device(name, tensor, q.device)
+        for axis in (-1, -2):
+            if tensor.shape[axis] == 0:
+                label = "head_dim" if axis == -1 else "heads"
+                raise InvalidArgument(
+                    name,
+                    got=f"{label} = 0, shape {list(tensor.shape)}",
+                    wanted=f"{label} >= 1",
+                    remedy="only batch and sequence lengths may be 0",
+                )
+    if k.shape[:-1] != v.shape[:-1]:
+        raise InvalidArgument(
+            "v",
+            got=f"shape {list(v.shape)} beside k of shape {list(k.shape)}",
+            wanted="every axis but the last equal to k's",
+            remedy="give each key exactly one value; only head_dim_v may differ from head_dim",
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise InvalidArgument(
+            "k",
+            got=f"head_dim {k.shape[-1]} beside q's {q.shape[-1]}",
+            wanted="the head_dim of q",
+            remedy=f"check the axis order: the layout is {axes}",
+        )
+    if rank == 4 and q.shape[0] != k.shape[0]:
+        raise InvalidArgument(
+            "k",
+            got=f"batch {k.shape[0]} beside q's {q.shape[0]}",
+            wanted="the batch size of q",
+            remedy="expand k and v to q's batch; strides of 0 are fine, nothing is copied",
+        )
+    if q.shape[-2] % k.shape[-2] != 0:
+        raise InvalidArgument(
+            "k",
+            got=f"{k.shape[-2]} heads beside {q.shape[-2]} in q",
+            wanted="heads_q divisible by heads_kv",
+            remedy=f"check the axis order: the layout is {axes}, with heads after the sequence",
+        )
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    _check_strided_tensor(name, cu_seqlens)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise InvalidArgument(
+            name,
+            got=_describe(cu_seqlens),
+            wanted="a 1-d int32 tensor of batch + 1 entries, starting with 0",
+            remedy="torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))",
+        )
+    _check_device(name, cu_seqlens, q.device)
+
+
+def _check_bias(bias: Tensor | None, q: Tensor, scores_shape: tuple[Any, ...]) -> None:
+    if bias is None:
+        return
+    _check_strided_tensor("bias", bias)
+    if bias.dtype not in DTYPES:
+        boolean = bias.dtype == torch.bool
+        raise InvalidArgument(
+            "bias",
+            got=f"{bias.dtype} tensor",
+            wanted="float16, bfloat16, float32 or float64, added to the scores",
+            remedy="pass a boolean mask as mask=, True = may attend" if boolean else "pass bias.to(q.dtype)",
+        )
+    _check_device("bias", bias, q.device)
+    _check_broadcast("bias", bias, scores_shape)
+
+
+def _check_mask(mask: Tensor | None, q: Tensor, scores_shape: tuple[Any, ...]) -> None:
+    if mask is None:
+        return
+    _check_strided_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise InvalidArgument(
+            "mask",
+            got=f"{mask.dtype} tensor",
+            wanted="a torch.bool tensor, True = may attend",
+            remedy="pass an additive mask as bias=, or mask.bool() if nonzero means may attend",
+        )
+    _check_device("mask", mask, q.device)
+    _check_broadcast("mask", mask, scores_shape)
+
+
+def _check_alibi(slopes: Tensor | None, q: Tensor, batch: int, heads_q: int) -> None:
+    if slopes is None:
+        return
+    _check_strided_tensor("alibi_slopes", slopes)
+    if slopes.dtype not in DTYPES or tuple(slopes.shape) not in ((heads_q,), (batch, heads_q)):
+        raise InvalidArgument(
+            "alibi_slopes",
+            got=_describe(slopes),
+            wanted=f"a floating-point tensor [heads_q] = [{heads_q}] or [batch, heads_q] = [{batch}, {heads_q}]",
+            remedy="pass one slope per query head",
+        )
+    _check_device("alibi_slopes", slopes, q.device)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise InvalidArgument(
+            "alibi_slopes",
+            got="a tensor that requires a gradient",
+            wanted="constant slopes",
+            remedy="pass alibi_slopes.detach(), or build the term yourself and pass it as bias=, which has a gradient",
+        )
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor, heads_q: int) -> None:
+    if sinks is None:
+        return
+    _check_strided_tensor("sinks", sinks)
+    if sinks.dtype not in DTYPES or tuple(sinks.shape) != (heads_q,):
+        raise InvalidArgument(
+            "sinks",
+            got=_describe(sinks),
+            wanted=f"a floating-point tensor [heads_q] = [{heads_q}]",
+            remedy="pass one sink logit per query head",
+        )
+    _check_device("sinks", sinks, q.device)
+
+
+def _check_broadcast(name: str, tensor: Tensor, scores_shape: tuple[Any, ...]) -> None:
+    fits = tensor.dim() <= 4 and all(
+        have in (1, want) for have, want in zip(reversed(tensor.shape), reversed(scores_shape), strict=False)
+    )
+    if not fits:
+        raise InvalidArgument(
+            name,
+            got=f"shape {list(tensor.shape)}",
+            wanted=f"a shape that broadcasts to [batch, heads_q, seqlen_q, seqlen_kv] = {list(scores_shape)}",
+            remedy=f"insert axes of size 1, for example {name}[:, None, None, :] for [batch, seqlen_kv]",
+        )
+
+
+def _check_strided_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidArgument(
+            name,
+            got=_describe(value),
+            wanted="a torch.Tensor",
+            remedy=f"convert it, for example torch.as_tensor({name})",
+        )
+    if value.layout != torch.strided:
+        raise InvalidArgument(
+            name, got=f"layout {value.layout}", wanted="a strided tensor", remedy=f"pass {name}.to_dense()"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InvalidArgument(
+            name,
+            got=f"a tensor on {tensor.device}",
+            wanted=f"the device of q, {device}",
+            remedy=f"pass {name}.to({str(device)!r})",
+        )
+
+
+# --- values inside tensors --------------------------------------------------------------------------------------------
+
+
+def check_values(problem: AttentionProblem, operands: Operands) -> None:
+    """Reads the packed boundaries and checks them. On a GPU this synchronises, so callers decide when it runs."""
+    for name, cu_seqlens, tokens, longest in (
+        ("cu_seqlens_q", operands.cu_seqlens_q, problem.tokens_q, problem.seqlen_q),
+        ("cu_seqlens_kv", operands.cu_seqlens_kv, problem.tokens_kv, problem.seqlen_kv),
+    ):
+        if cu_seqlens is None:
+            continue
+        boundaries = cu_seqlens.tolist()
+        lengths = [end - begin for begin, end in zip(boundaries, boundaries[1:], strict=False)]
+        if boundaries[0] != 0:
+            raise InvalidArgument(
+                name,
+                got=f"first entry {boundaries[0]}",
+                wanted="first entry 0",
+                remedy="torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))",
+            )
+        if lengths and min(lengths) < 0:
+            sequence = next(idx for idx, length in enumerate(lengths) if length < 0)
+            raise InvalidArgument(
+                name,
+                got=f"{boundaries[sequence]} followed by {boundaries[sequence + 1]} (sequence {sequence})",
+                wanted="entries that never decrease",
+                remedy="pass cumulative lengths, not the lengths themselves",
+            )
+        if boundaries[-1] > tokens:
+            raise InvalidArgument(
+                name,
+                got=f"last entry {boundaries[-1]} for a buffer of {tokens} tokens",
+                wanted="a last entry no larger than the number of tokens",
+                remedy="check that the packed tensor and the boundaries belong together",
+            )
+        if lengths and max(lengths) > longest:
+            raise InvalidArgument(
+                name.replace("cu_seqlens", "max_seqlen"),
+                got=str(longest),
+                wanted=f"at least {max(lengths)}, the longest sequence in {name}",
+                remedy="pass the longest sequence length; a larger number is fine",
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"

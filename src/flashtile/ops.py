@@ -3,7 +3,7 @@
 There are two, and each hides everything from planning to the kernels, so a graph holds one node per attention call:
 
 * ``flashtile::attention_forward`` -> (out, lse)
-* ``flashtile::attention_backward`` -> the gradients named in ``gradients``, in the order of ``spec.problem.DIFFERENTIABLE``
+* ``flashtile::attention_backward`` -> the gradients named in ``gradients``, ordered as ``spec.problem.DIFFERENTIABLE``
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _OPERANDS = (
     "Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv"
 )
 _OPTIONS = (
-    "SymInt? max_seqlen_q, SymInt? max_seqlen_kv, SymInt? window_left, SymInt? window_right, float scale, float softcap, "
-    "float dropout_p, bool deterministic, str gradients, str backend"
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_kv, SymInt? window_left, SymInt? window_right, float scale, "
+    "float softcap, float dropout_p, bool deterministic, str gradients, str backend"
 )
 _NUM_INPUTS = _OPERANDS.count(",") + _OPTIONS.count(",") + 2
 _TENSOR_FIELDS = (
@@ -121,7 +121,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @attention_backward.register_fake
 def _(d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
-    tensors = dict(zip(_TENSOR_FIELDS, inputs, strict=False))
+    tensors: dict[str, Tensor] = dict(zip(_TENSOR_FIELDS, inputs, strict=False))
     gradients = inputs[_NUM_INPUTS - 2].split(",")
     return [torch.empty_like(tensors[name], memory_format=torch.contiguous_format) for name in _wanted(gradients)]
 

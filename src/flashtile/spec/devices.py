@@ -1,8 +1,7 @@
 """What the planners and the cost model know about each device: one literal table, and the entry of this machine.
 
-Peak rates are the vendors' dense datasheet figures for the SXM or otherwise largest variant, in FLOP/s and bytes/s; they
-bound the roofline, nothing is tuned on them. CPU entries are for one machine of two cores unless ``detect`` measured
-nothing better: a CPU's rates vary too much for a table, so its roofline is labelled as a guess.
+Peak rates are the vendors' dense datasheet figures for the SXM or otherwise largest variant, in FLOP/s and bytes/s;
+they bound the roofline, nothing is tuned on them. CPUs vary too much for a table: their entry is a guess and says so.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def by_name(name: str) -> DeviceSpec:
 
 @lru_cache(maxsize=64)
 def detect(device: torch.device) -> DeviceSpec:
-    """The spec of a device of this machine: the table's rates under the name that matches, sizes as the device reports."""
+    """The spec of a device of this machine: the rates of the table's matching entry, sizes as the device reports."""
     if device.type == "cpu":
         return DEVICES["cpu"]
     if device.type == "cuda":

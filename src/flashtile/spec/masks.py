@@ -100,7 +100,7 @@ def visible_pairs(mask: MaskSpec, *, seqlen_q: int, seqlen_kv: int) -> int:
 
 
 def _pairs_at_or_left_of(seqlen_q: int, seqlen_kv: int, reach: int | None) -> int:
-    """Pairs with ``j <= i + seqlen_kv - seqlen_q + reach``: row i has clamp(i + seqlen_kv - seqlen_q + reach + 1) keys."""
+    """Pairs with ``j <= i + seqlen_kv - seqlen_q + reach``; ``None`` reaches every key."""
     if reach is None or seqlen_q == 0:
         return seqlen_q * seqlen_kv
     first = seqlen_kv - seqlen_q + reach + 1  # keys of row 0 before clamping; each further row has one more

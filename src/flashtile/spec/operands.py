@@ -16,7 +16,7 @@ class Operands:
     | q | [batch, seqlen_q, heads_q, head_dim] | [tokens_q, heads_q, head_dim] |
     | k | [batch, seqlen_kv, heads_kv, head_dim] | [tokens_kv, heads_kv, head_dim] |
     | v | [batch, seqlen_kv, heads_kv, head_dim_v] | [tokens_kv, heads_kv, head_dim_v] |
-    | bias, mask | up to 4 axes that broadcast to [batch, heads_q, seqlen_q, seqlen_kv] | the same, with the longest lengths |
+    | bias, mask | broadcasts to [batch, heads_q, seqlen_q, seqlen_kv] | the same, with the longest lengths |
     | alibi_slopes | [heads_q] or [batch, heads_q] | the same |
     | sinks | [heads_q] | the same |
     | dropout_seed | [] int64 | the same |

@@ -1,13 +1,13 @@
 """The only checker: turns what a person passed into Operands and an AttentionProblem, or says what is wrong with it.
 
-Structure (ranks, shapes, dtypes, devices, option ranges) is checked for every call. Values inside tensors are checked by
-``check_values``, which reads them, so it runs on CPU tensors and, on request only, on a GPU.
+Structure (ranks, shapes, dtypes, devices, option ranges) is checked for every call. Values inside tensors are checked
+by ``check_values``, which reads them, so it runs on CPU tensors and, on request only, on a GPU.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from flashtile.errors import InvalidArgument
 from flashtile.spec.operands import Operands
-from flashtile.spec.problem import DIFFERENTIABLE, AttentionProblem, MaskSpec
+from flashtile.spec.options import (
+    check_count,
+    check_dropout_p,
+    check_flag,
+    check_mask_spec,
+    check_scale,
+    check_softcap,
+    describe,
+)
+from flashtile.spec.problem import DIFFERENTIABLE, AttentionProblem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DENSE_AXES = "[batch, seqlen, heads, head_dim]"
@@ -48,9 +57,8 @@ def check_call(
     """Checks one call of a public function and states it as (problem, operands)."""
     _check_qkv(q, k, v, rank=3 if is_packed else 4)
     if is_packed:
-        assert cu_seqlens_q is not None and cu_seqlens_kv is not None
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-        _check_cu_seqlens("cu_seqlens_kv", cu_seqlens_kv, q)
+        cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+        cu_seqlens_kv = _check_cu_seqlens("cu_seqlens_kv", cu_seqlens_kv, q)
         if cu_seqlens_q.shape != cu_seqlens_kv.shape:
             raise InvalidArgument(
                 "cu_seqlens_kv",
@@ -58,9 +66,9 @@ def check_call(
                 wanted="as many entries as cu_seqlens_q (batch + 1)",
                 remedy="give every sequence a query range and a key range; either may be empty",
             )
-        check_count("max_seqlen_q", max_seqlen_q, minimum=0)
-        check_count("max_seqlen_kv", max_seqlen_kv, minimum=0)
-        batch, seqlen_q, seqlen_kv = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_kv
+        seqlen_q = check_count("max_seqlen_q", max_seqlen_q, minimum=0)
+        seqlen_kv = check_count("max_seqlen_kv", max_seqlen_kv, minimum=0)
+        batch = cu_seqlens_q.shape[0] - 1
     else:
         batch, seqlen_q, seqlen_kv = q.shape[0], q.shape[1], k.shape[1]
     heads_q = q.shape[-2]
@@ -99,141 +107,13 @@ def check_call(
     return problem, operands
 
 
-# --- options: plain Python values -------------------------------------------------------------------------------------
-
-
-def check_mask_spec(*, causal: bool, window: Sequence[int | None] | None) -> MaskSpec:
-    """Causal attention is a window whose right end is 0; both together take the narrower right end."""
-    check_flag("causal", causal)
-    left, right = _check_window(window)
-    if causal:
-        right = 0
-    return MaskSpec(left=left, right=right)
-
-
-def _check_window(window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
-    if window is None:
-        return None, None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise InvalidArgument(
-            "window",
-            got=_describe(window),
-            wanted="a pair (left, right), or None",
-            remedy="pass window=(left, right) in tokens, None on a side for unlimited",
-        )
-    for side, reach in zip(("left", "right"), window, strict=True):
-        if reach is None:
-            continue
-        if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:
-            raise InvalidArgument(
-                "window",
-                got=f"{side} = {_describe(reach)}",
-                wanted="an integer >= 0, or None for unlimited",
-                remedy=f"pass None instead of a negative number to leave the {side} side unlimited",
-            )
-    return window[0], window[1]
-
-
-def check_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if not _is_number(scale) or not math.isfinite(scale):
-        raise InvalidArgument(
-            "scale",
-            got=_describe(scale),
-            wanted="a finite Python number, or None for head_dim ** -0.5",
-            remedy="pass scale=float(...), or leave it out",
-        )
-    return float(scale)
-
-
-def check_softcap(softcap: float) -> float:
-    if not _is_number(softcap) or not math.isfinite(softcap) or softcap < 0:
-        raise InvalidArgument(
-            "softcap",
-            got=_describe(softcap),
-            wanted="a finite number >= 0 (0 means no cap)",
-            remedy="pass softcap=0.0 to switch it off, or the positive cap of your model, such as 50.0",
-        )
-    return float(softcap)
-
-
-def check_dropout_p(dropout_p: float) -> float:
-    if not _is_number(dropout_p) or not 0 <= dropout_p < 1:
-        raise InvalidArgument(
-            "dropout_p",
-            got=_describe(dropout_p),
-            wanted="a probability in [0, 1)",
-            remedy="pass the probability of dropping an attention weight; 0.0 switches dropout off",
-        )
-    return float(dropout_p)
-
-
-def check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise InvalidArgument(name, got=_describe(value), wanted="True or False", remedy=f"pass {name}=bool(...)")
-
-
-def check_count(name: str, value: int | None, *, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < minimum:
-        raise InvalidArgument(
-            name,
-            got=_describe(value),
-            wanted=f"an integer >= {minimum}",
-            remedy=f"pass {name} as a Python int, not as a tensor: reading a tensor would synchronise the device",
-        )
-
-
-def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed as a 0-d int64 tensor on the device; drawn from torch's generator if dropout needs one."""
-    remedy = (
-        "pass a Python int below 2**63, a 0-d int64 tensor on q's device, or None to draw one from torch's generator"
-    )
-    wanted = "an int, a 0-d int64 tensor, or None"
-    if isinstance(seed, Tensor):
-        if seed.dim() != 0 or seed.dtype != torch.int64:
-            raise InvalidArgument("dropout_seed", got=_describe(seed), wanted=wanted, remedy=remedy)
-        _check_device("dropout_seed", seed, device)
-        return seed if dropout_p > 0 else None
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
-        raise InvalidArgument("dropout_seed", got=_describe(seed), wanted=wanted, remedy=remedy)
-    if dropout_p == 0:
-        return None
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    return torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def _wanted_gradients(operands: Operands, *, wants_lse: bool) -> frozenset[str]:
-    if not torch.is_grad_enabled():
-        return frozenset()
-    tensors = {name: getattr(operands, name) for name in DIFFERENTIABLE}
-    wanted = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
-    return frozenset([*wanted, "lse"] if wanted and wants_lse else wanted)
-
-
-# --- tensors ----------------------------------------------------------------------------------------------------------
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, rank: int) -> None:
     axes = DENSE_AXES if rank == 4 else PACKED_AXES
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_strided_tensor(name, tensor)
-        if tensor.dim() != rank:
-            other = "attention_varlen" if rank == 4 else "attention"
-            raise InvalidArgument(
-                name,
-                got=f"{tensor.dim()} axes, shape {list(tensor.shape)}",
-                wanted=f"{rank} axes, {axes}",
-                remedy=f"reshape it to {axes}, or call flashtile.{other} for the other layout",
-            )
-        if tensor.dtype not in DTYPES:
-            raise InvalidArgument(
-                name,
-                got=str(tensor.dtype),
-                wanted="float16, bfloat16, float32 or float64",
-                remedy=f"convert it first, for example {name}.to(torch.bfloat16)",
-            )
+        _check_one_of_qkv(name, tensor, rank=rank, axes=axes)
         if tensor.dtype != q.dtype:
             raise InvalidArgument(
                 name,
@@ -242,15 +122,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, rank: int) -> None:
                 remedy=f"pass {name}.to({q.dtype})",
             )
         _check_device(name, tensor, q.device)
-        for axis in (-1, -2):
-            if tensor.shape[axis] == 0:
-                label = "head_dim" if axis == -1 else "heads"
-                raise InvalidArgument(
-                    name,
-                    got=f"{label} = 0, shape {list(tensor.shape)}",
-                    wanted=f"{label} >= 1",
-                    remedy="only batch and sequence lengths may be 0",
-                )
     if k.shape[:-1] != v.shape[:-1]:
         raise InvalidArgument(
             "v",
@@ -281,16 +152,44 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, rank: int) -> None:
         )
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    _check_strided_tensor(name, cu_seqlens)
+def _check_one_of_qkv(name: str, tensor: Tensor, *, rank: int, axes: str) -> None:
+    _check_strided_tensor(name, tensor)
+    if tensor.dim() != rank:
+        other = "attention_varlen" if rank == 4 else "attention"
+        raise InvalidArgument(
+            name,
+            got=f"{tensor.dim()} axes, shape {list(tensor.shape)}",
+            wanted=f"{rank} axes, {axes}",
+            remedy=f"reshape it to {axes}, or call flashtile.{other} for the other layout",
+        )
+    if tensor.dtype not in DTYPES:
+        raise InvalidArgument(
+            name,
+            got=str(tensor.dtype),
+            wanted="float16, bfloat16, float32 or float64",
+            remedy=f"convert it first, for example {name}.to(torch.bfloat16)",
+        )
+    for axis, label in ((-1, "head_dim"), (-2, "heads")):
+        if tensor.shape[axis] == 0:
+            raise InvalidArgument(
+                name,
+                got=f"{label} = 0, shape {list(tensor.shape)}",
+                wanted=f"{label} >= 1",
+                remedy="only batch and sequence lengths may be 0",
+            )
+
+
+def _check_cu_seqlens(name: str, value: Any, q: Tensor) -> Tensor:
+    cu_seqlens = _check_strided_tensor(name, value)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise InvalidArgument(
             name,
-            got=_describe(cu_seqlens),
+            got=describe(cu_seqlens),
             wanted="a 1-d int32 tensor of batch + 1 entries, starting with 0",
             remedy="torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))",
         )
     _check_device(name, cu_seqlens, q.device)
+    return cu_seqlens
 
 
 def _check_bias(bias: Tensor | None, q: Tensor, scores_shape: tuple[Any, ...]) -> None:
@@ -331,7 +230,7 @@ def _check_alibi(slopes: Tensor | None, q: Tensor, batch: int, heads_q: int) -> 
     if slopes.dtype not in DTYPES or tuple(slopes.shape) not in ((heads_q,), (batch, heads_q)):
         raise InvalidArgument(
             "alibi_slopes",
-            got=_describe(slopes),
+            got=describe(slopes),
             wanted=f"a floating-point tensor [heads_q] = [{heads_q}] or [batch, heads_q] = [{batch}, {heads_q}]",
             remedy="pass one slope per query head",
         )
@@ -352,11 +251,39 @@ def _check_sinks(sinks: Tensor | None, q: Tensor, heads_q: int) -> None:
     if sinks.dtype not in DTYPES or tuple(sinks.shape) != (heads_q,):
         raise InvalidArgument(
             "sinks",
-            got=_describe(sinks),
+            got=describe(sinks),
             wanted=f"a floating-point tensor [heads_q] = [{heads_q}]",
             remedy="pass one sink logit per query head",
         )
     _check_device("sinks", sinks, q.device)
+
+
+def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed as a 0-d int64 tensor on the device; drawn from torch's generator if dropout needs one."""
+    remedy = (
+        "pass a Python int below 2**63, a 0-d int64 tensor on q's device, or None to draw one from torch's generator"
+    )
+    wanted = "an int, a 0-d int64 tensor, or None"
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            raise InvalidArgument("dropout_seed", got=describe(seed), wanted=wanted, remedy=remedy)
+        _check_device("dropout_seed", seed, device)
+        return seed if dropout_p > 0 else None
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise InvalidArgument("dropout_seed", got=describe(seed), wanted=wanted, remedy=remedy)
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _wanted_gradients(operands: Operands, *, wants_lse: bool) -> frozenset[str]:
+    if not torch.is_grad_enabled():
+        return frozenset()
+    tensors = {name: getattr(operands, name) for name in DIFFERENTIABLE}
+    wanted = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+    return frozenset([*wanted, "lse"] if wanted and wants_lse else wanted)
 
 
 def _check_broadcast(name: str, tensor: Tensor, scores_shape: tuple[Any, ...]) -> None:
@@ -372,11 +299,11 @@ def _check_broadcast(name: str, tensor: Tensor, scores_shape: tuple[Any, ...]) -
         )
 
 
-def _check_strided_tensor(name: str, value: Any) -> None:
+def _check_strided_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise InvalidArgument(
             name,
-            got=_describe(value),
+            got=describe(value),
             wanted="a torch.Tensor",
             remedy=f"convert it, for example torch.as_tensor({name})",
         )
@@ -384,6 +311,7 @@ def _check_strided_tensor(name: str, value: Any) -> None:
         raise InvalidArgument(
             name, got=f"layout {value.layout}", wanted="a strided tensor", remedy=f"pass {name}.to_dense()"
         )
+    return value
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -408,7 +336,7 @@ def check_values(problem: AttentionProblem, operands: Operands) -> None:
         if cu_seqlens is None:
             continue
         boundaries = cu_seqlens.tolist()
-        lengths = [end - begin for begin, end in zip(boundaries, boundaries[1:], strict=False)]
+        lengths = [end - begin for begin, end in pairwise(boundaries)]
         if boundaries[0] != 0:
             raise InvalidArgument(
                 name,
@@ -438,13 +366,3 @@ def check_values(problem: AttentionProblem, operands: Operands) -> None:
                 wanted=f"at least {max(lengths)}, the longest sequence in {name}",
                 remedy="pass the longest sequence length; a larger number is fine",
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"

@@ -1,1 +1,1 @@
-"""Attention on the CPU: tiled online softmax in plain torch, and torch's own fused op where it serves the whole problem."""
+"""Attention on the CPU: tiled online softmax in plain torch, and torch's fused op where it serves the whole problem."""

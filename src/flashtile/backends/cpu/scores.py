@@ -1,6 +1,6 @@
 """What happens to a tile of raw scores between the product q @ k.T and the softmax, and back in the gradient.
 
-In order: softcap, then bias and ALiBi, then masks. Only this file knows these options; ``tiled.py`` never asks for them.
+In order: softcap, then bias and ALiBi, then masks. Only this file knows these options; ``tiled.py`` never asks.
 """
 
 from __future__ import annotations

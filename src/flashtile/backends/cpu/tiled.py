@@ -10,9 +10,9 @@ kept up to date while the row streams by. For each tile of queries we hold
 and when a tile of keys raises the maximum, one factor, exp(old_max - new_max), brings the old sums to the new scale. In
 the end out = acc / row_sum and lse = row_max + log(row_sum). Only one tile of scores exists at any time.
 
-Backward (algorithm 2). The scores were never stored, so each tile is computed again; lse makes the probabilities exact at
-once, p = exp(s - lse), without a running maximum. With delta = rowsum(out * d_out) - d_lse the chain rule through the
-softmax is d_s = p * (d_p - delta), and the rest are products of tiles.
+Backward (algorithm 2). The scores were never stored, so each tile is computed again; lse makes the probabilities exact
+at once, p = exp(s - lse), without a running maximum. With delta = rowsum(out * d_out) - d_lse the chain rule through
+the softmax is d_s = p * (d_p - delta), and the rest are products of tiles.
 
 Tiles of one sequence are [heads, rows, columns]. ``_by_kv_head`` folds the query heads that share a kv head into the
 rows, so grouped-query attention is one larger product and k, v are never copied.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.base import Gradients, Saved, TileConfig
-from flashtile.backends.cpu.addressing import Sequence, sequences
+from flashtile.backends.cpu.addressing import sequences
 from flashtile.backends.cpu.scores import ScoreRules, Tile
 from flashtile.spec import masks
 from flashtile.spec.merge import guarded

@@ -86,7 +86,7 @@ def backward(
         q=problem.scale * (d_raw @ padded.k),
         k=problem.scale * (d_raw.mT @ padded.q),
         v=_dropped(p, scores).mT @ d_out,
-        bias=None if operands.bias is None else d_s.sum_to_size(problem.bias_shape).reshape(operands.bias.shape),
+        bias=None if operands.bias is None else d_s.sum_to_size(operands.bias.shape),
         sinks=d_sinks,
     )
 

@@ -1,0 +1,44 @@
+# Everything a person runs, on a machine with nothing but Python 3.10+ and make.
+#   make demo    train a small transformer twice, with the naive formula and with flashtile; writes report.html
+#   make test    the checks and the whole test suite; what CI runs
+#   make check   ruff, pyright, import-linter and the size report
+#   make bench   times the kernels on this machine beside their peers
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(shell cksum pyproject.toml requirements-dev.txt | cksum | cut -d ' ' -f 1)
+
+.PHONY: demo test check bench format clean
+
+demo: $(READY)
+	$(BIN)/flashtile demo $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	$(BIN)/python scripts/size_report.py
+
+bench: $(READY)
+	$(BIN)/flashtile bench kernels $(ARGS)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch brings its own Triton where it has a GPU build; elsewhere the pinned one serves the interpreter and compiler.
+$(READY):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==3.6.0
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	rm -f $(VENV)/.ready-*
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info report.html

@@ -19,9 +19,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def forward(problem: AttentionProblem, operands: Operands) -> tuple[Tensor, Tensor]:
     out, lse = _forward(
-        operands.q.transpose(1, 2),
-        operands.k.transpose(1, 2),
-        operands.v.transpose(1, 2),
+        *_heads_first(operands.q, operands.k, operands.v),
         dropout_p=0.0,
         is_causal=problem.mask.is_causal,
         scale=problem.scale,
@@ -31,11 +29,7 @@ def forward(problem: AttentionProblem, operands: Operands) -> tuple[Tensor, Tens
 
 def backward(problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor) -> Gradients:
     d_q, d_k, d_v = _backward(
-        d_out.transpose(1, 2),
-        operands.q.transpose(1, 2),
-        operands.k.transpose(1, 2),
-        operands.v.transpose(1, 2),
-        saved.out.transpose(1, 2),
+        *_heads_first(d_out, operands.q, operands.k, operands.v, saved.out),
         saved.lse,
         dropout_p=0.0,
         is_causal=problem.mask.is_causal,
@@ -45,3 +39,8 @@ def backward(problem: AttentionProblem, operands: Operands, saved: Saved, d_out:
     return Gradients(
         **{name: grad.transpose(1, 2).contiguous() for name, grad in grads.items() if name in problem.gradients}
     )
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[batch, heads, seqlen, dim] views; the op reads garbage, without a word, unless the last axis has stride 1."""
+    return [(tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2) for tensor in tensors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashtile.backends.base import Gradients, Plan, Saved
+from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
 from flashtile.backends.cpu import fused, tiled
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -14,7 +14,7 @@ from flashtile.spec.problem import AttentionProblem
 def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[Tensor, Tensor]:
     if plan.forward.kernel == "torch_fused":
         return fused.forward(problem, operands)
-    return tiled.forward(problem, operands, plan.forward.tiles)
+    return tiled.forward(problem, operands, plan.forward.tiles, _products(problem, plan.forward))
 
 
 def backward(
@@ -24,4 +24,10 @@ def backward(
     if plan.backward.kernel == "torch_fused":
         assert d_lse is None, "the plan knew that the lse has a gradient"
         return fused.backward(problem, operands, saved, d_out)
-    return tiled.backward(problem, operands, saved, d_out, d_lse, plan.backward.tiles)
+    products = _products(problem, plan.backward)
+    return tiled.backward(problem, operands, saved, d_out, d_lse, plan.backward.tiles, products)
+
+
+def _products(problem: AttentionProblem, kernel: KernelPlan) -> torch.dtype:
+    """The dtype in which the tiles are multiplied."""
+    return problem.dtype if kernel.kernel == "tiled_16bit" else problem.accumulation_dtype

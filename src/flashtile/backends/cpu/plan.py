@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
 TILES = TileConfig(block_q=256, block_kv=512)
-"""The fastest of 128, 256, 512 by 512 for 4k tokens, float32 and bfloat16, on two cores."""
+TILES_16BIT = TileConfig(block_q=512, block_kv=512)
+LONG = 2048
+"""Keys from which bfloat16 tiles beat torch's fused op; below, the calls from Python cost more than they save."""
 
 
 def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
@@ -15,22 +19,26 @@ def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
 
 
 def plan(problem: AttentionProblem, device: DeviceSpec) -> Plan:
-    beyond_fused = _beyond_fused(problem)
-    kernel = "tiled" if beyond_fused else "torch_fused"
-    why = (
-        "torch's fused CPU op does not take " + ", ".join(beyond_fused)
-        if beyond_fused
-        else "torch's fused CPU op takes the whole problem and measures faster than tiles in Python"
-    )
-    num_q_tiles = -(-max(problem.tokens_q, 1) // TILES.block_q)
+    kernel, tiles, reason = _kernel(problem, device)
     planned = KernelPlan(
         kernel=kernel,
-        tiles=TILES,
-        grid=(num_q_tiles,),
-        shared_memory_bytes=problem.heads_q * TILES.block_q * TILES.block_kv * problem.accumulation_dtype.itemsize,
-        reason=why,
+        tiles=tiles,
+        grid=(-(-max(problem.tokens_q, 1) // tiles.block_q),),
+        shared_memory_bytes=problem.heads_q * tiles.block_q * tiles.block_kv * problem.accumulation_dtype.itemsize,
+        reason=reason,
     )
-    return Plan(backend="cpu", forward=planned, backward=planned, reason=why)
+    return Plan(backend="cpu", forward=planned, backward=planned, reason=reason)
+
+
+def _kernel(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, TileConfig, str]:
+    """(kernel, tiles, reason)."""
+    has_fast_bfloat16 = device.flops_per_s_16bit > device.flops_per_s_32bit
+    if problem.dtype == torch.bfloat16 and problem.seqlen_kv >= LONG and has_fast_bfloat16:
+        return "tiled_16bit", TILES_16BIT, f"from {LONG} keys on, tiles multiplied in bfloat16 are the fastest here"
+    beyond_fused = _beyond_fused(problem)
+    if beyond_fused:
+        return "tiled", TILES, "tiles in plain torch, because torch's fused CPU op lacks " + ", ".join(beyond_fused)
+    return "torch_fused", TILES, "torch's fused CPU op serves the whole problem and is faster than tiles in Python"
 
 
 def _beyond_fused(problem: AttentionProblem) -> tuple[str, ...]:
@@ -39,8 +47,8 @@ def _beyond_fused(problem: AttentionProblem) -> tuple[str, ...]:
     checks = {
         "packed sequences": problem.layout == "varlen",
         "empty tensors": problem.is_empty,
-        "a window": not (problem.mask.is_unlimited or is_plain_causal),
-        "causal attention with seqlen_q != seqlen_kv": is_plain_causal and problem.seqlen_q != problem.seqlen_kv,
+        "windows": not (problem.mask.is_unlimited or is_plain_causal),
+        "bottom-right causal alignment": is_plain_causal and problem.seqlen_q != problem.seqlen_kv,
         "head_dim_v != head_dim": problem.head_dim_v != problem.head_dim,
         "softcap": problem.softcap > 0,
         "a bias": problem.bias_shape is not None,

@@ -1,6 +1,6 @@
 """What happens to a tile of raw scores between the product q @ k.T and the softmax, and back in the gradient.
 
-In order: softcap, then bias and ALiBi, then masks. Only this file knows these options; ``tiled.py`` never asks.
+In order: scale, softcap, bias and ALiBi, masks. Only this file knows these options; ``tiled.py`` never asks.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class ScoreRules:
         mask = self.operands.mask
         return mask is not None and not bool(self._tile_of(mask, tile).any())
 
-    def capped(self, s: Tensor) -> Tensor:
-        """The scores after softcap; may overwrite ``s``."""
+    def scaled_and_capped(self, product: Tensor) -> Tensor:
+        """The scores after scale and softcap, in accumulation dtype; may overwrite the product q @ k.T."""
+        s = product.to(self.problem.accumulation_dtype).mul_(self.problem.scale)
         softcap = self.problem.softcap
         return s.div_(softcap).tanh_().mul_(softcap) if softcap > 0 else s
 

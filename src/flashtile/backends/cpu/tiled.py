@@ -35,30 +35,32 @@ from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
 
-def forward(problem: AttentionProblem, operands: Operands, blocks: TileConfig) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``problem.out_shape`` and ``problem.lse_shape``."""
+def forward(
+    problem: AttentionProblem, operands: Operands, blocks: TileConfig, products: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``problem.out_shape`` and ``problem.lse_shape``; ``products`` is the dtype of matrix operands."""
     out = operands.q.new_zeros(problem.out_shape)
     lse = operands.q.new_full(problem.lse_shape, -math.inf, dtype=problem.accumulation_dtype)
     for sequence in sequences(problem, operands):
         rules = ScoreRules(problem=problem, operands=operands, sequence=sequence)
-        _forward_sequence(rules, blocks, sequence.q_rows(out), sequence.lse_rows(lse))
+        _forward_sequence(rules, blocks, products, sequence.q_rows(out), sequence.lse_rows(lse))
     return out, lse
 
 
-def _forward_sequence(rules: ScoreRules, blocks: TileConfig, out: Tensor, lse: Tensor) -> None:
+def _forward_sequence(rules: ScoreRules, blocks: TileConfig, products: torch.dtype, out: Tensor, lse: Tensor) -> None:
     """Fills out [heads_q, seqlen_q, head_dim_v] and lse [heads_q, seqlen_q]."""
     problem, operands, sequence = rules.problem, rules.operands, rules.sequence
-    dtype, heads_q, heads_kv = problem.accumulation_dtype, problem.heads_q, problem.heads_kv
+    heads_q, heads_kv = problem.heads_q, problem.heads_kv
     q_all, k_all, v_all = sequence.q_rows(operands.q), sequence.kv_rows(operands.k), sequence.kv_rows(operands.v)
 
     for rows in _slices(sequence.seqlen_q, blocks.block_q):
-        q = _by_kv_head(q_all[:, rows].to(dtype) * problem.scale, heads_kv)
+        q = _by_kv_head(q_all[:, rows].to(products), heads_kv)
         row_max, row_sum = _statistics_of_sinks(problem, operands, rows)  # [heads_q, BLOCK_Q, 1]
-        acc = q.new_zeros(heads_q, rows.stop - rows.start, problem.head_dim_v)
+        acc = torch.zeros_like(row_sum).expand(-1, -1, problem.head_dim_v)  # [heads_q, BLOCK_Q, head_dim_v]
 
         for tile in _visible_tiles(rules, rows, blocks):
-            k, v = k_all[:, tile.cols].to(dtype), v_all[:, tile.cols].to(dtype)  # [heads_kv, BLOCK_KV, head_dim]
-            s = rules.capped(_by_q_head(q @ k.mT, heads_q))  # [heads_q, BLOCK_Q, BLOCK_KV]
+            k, v = k_all[:, tile.cols].to(products), v_all[:, tile.cols].to(products)  # [heads_kv, BLOCK_KV, head_dim]
+            s = rules.scaled_and_capped(_by_q_head(q @ k.mT, heads_q))  # [heads_q, BLOCK_Q, BLOCK_KV]
             s = rules.biased_and_masked(s, tile)
 
             new_max = torch.maximum(row_max, s.amax(dim=-1, keepdim=True))
@@ -66,7 +68,8 @@ def _forward_sequence(rules: ScoreRules, blocks: TileConfig, out: Tensor, lse: T
             p = s.sub_(shift).exp_()
             rescale = torch.exp(row_max - shift)
             row_sum = row_sum * rescale + p.sum(dim=-1, keepdim=True)
-            acc = acc * rescale + _by_q_head(_by_kv_head(rules.dropped(p, tile), heads_kv) @ v, heads_q)
+            p = _by_kv_head(rules.dropped(p, tile).to(products), heads_kv)
+            acc = acc * rescale + _by_q_head(p @ v, heads_q)
             row_max = new_max
 
         out[:, rows] = acc / row_sum.masked_fill(row_sum == 0, 1.0)
@@ -80,22 +83,31 @@ def backward(
     d_out: Tensor,
     d_lse: Tensor | None,
     blocks: TileConfig,
+    products: torch.dtype,
 ) -> Gradients:
-    """The gradients that ``problem.gradients`` names."""
+    """The gradients that ``problem.gradients`` names; ``products`` is the dtype of matrix operands."""
     dtype = problem.accumulation_dtype
     sums = {
         name: _zeros(getattr(operands, name), dtype) for name in problem.gradients | {"q", "k", "v"} if name != "lse"
     }
     for sequence in sequences(problem, operands):
         rules = ScoreRules(problem=problem, operands=operands, sequence=sequence)
-        _backward_sequence(rules, blocks, saved, d_out, d_lse, sums)
+        _backward_sequence(rules, blocks, products, saved, d_out, d_lse, sums)
+    for name in ("q", "k"):  # s = scale * q @ k.T
+        sums[name] *= problem.scale
     return Gradients(
         **{name: total.to(getattr(operands, name).dtype) for name, total in sums.items() if name in problem.gradients}
     )
 
 
 def _backward_sequence(
-    rules: ScoreRules, blocks: TileConfig, saved: Saved, d_out: Tensor, d_lse: Tensor | None, sums: dict[str, Tensor]
+    rules: ScoreRules,
+    blocks: TileConfig,
+    products: torch.dtype,
+    saved: Saved,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    sums: dict[str, Tensor],
 ) -> None:
     """Adds one sequence's share to the gradient sums."""
     problem, operands, sequence = rules.problem, rules.operands, rules.sequence
@@ -105,29 +117,29 @@ def _backward_sequence(
     out_all, d_out_all, lse_all = sequence.q_rows(saved.out), sequence.q_rows(d_out), sequence.lse_rows(saved.lse)
 
     for rows in _slices(sequence.seqlen_q, blocks.block_q):
-        q = _by_kv_head(q_all[:, rows].to(dtype) * problem.scale, heads_kv)
-        d_o = d_out_all[:, rows].to(dtype)  # [heads_q, BLOCK_Q, head_dim_v]
+        q = _by_kv_head(q_all[:, rows].to(products), heads_kv)
+        d_o = _by_kv_head(d_out_all[:, rows].to(products), heads_kv)
+        d_q = torch.zeros_like(q, dtype=dtype)
         lse = lse_all[:, rows, None]  # [heads_q, BLOCK_Q, 1]
-        delta = (out_all[:, rows].to(dtype) * d_o).sum(dim=-1, keepdim=True)
+        delta = (out_all[:, rows].to(dtype) * d_out_all[:, rows].to(dtype)).sum(dim=-1, keepdim=True)
         if d_lse is not None:
             delta = delta - sequence.lse_rows(d_lse)[:, rows, None]
-        d_o = _by_kv_head(d_o, heads_kv)
-        d_q = torch.zeros_like(q)
 
         for tile in _visible_tiles(rules, rows, blocks):
-            k, v = k_all[:, tile.cols].to(dtype), v_all[:, tile.cols].to(dtype)  # [heads_kv, BLOCK_KV, head_dim]
-            s_capped = rules.capped(_by_q_head(q @ k.mT, heads_q))  # [heads_q, BLOCK_Q, BLOCK_KV]
-            p = torch.exp(rules.biased_and_masked(s_capped, tile) - guarded(lse))
-            d_v_all[:, tile.cols] += _by_kv_head(rules.dropped(p, tile), heads_kv).mT @ d_o
-            d_p = rules.dropped(_by_q_head(d_o @ v.mT, heads_q), tile)
-            d_s = p.mul_(d_p.sub_(delta))
+            k, v = k_all[:, tile.cols].to(products), v_all[:, tile.cols].to(products)  # [heads_kv, BLOCK_KV, head_dim]
+            s_capped = rules.scaled_and_capped(_by_q_head(q @ k.mT, heads_q))  # [heads_q, BLOCK_Q, BLOCK_KV]
+            s = rules.biased_and_masked(s_capped, tile)
+            p = torch.exp(s - guarded(lse))
+            d_v_all[:, tile.cols] += _by_kv_head(rules.dropped(p, tile).to(products), heads_kv).mT @ d_o
+            d_p = rules.dropped(_by_q_head(d_o @ v.mT, heads_q).to(dtype), tile)
+            d_s = p.mul_(d_p - delta)
             if "bias" in problem.gradients:
                 rules.add_bias_gradient(sums["bias"], d_s, tile)
-            d_s = _by_kv_head(rules.through_cap(d_s, s_capped), heads_kv)
-            d_k_all[:, tile.cols] += d_s.mT @ q  # q carries the scale
+            d_s = _by_kv_head(rules.through_cap(d_s, s_capped).to(products), heads_kv)
+            d_k_all[:, tile.cols] += d_s.mT @ q
             d_q += d_s @ k
 
-        d_q_all[:, rows] = _by_q_head(d_q, heads_q) * problem.scale
+        d_q_all[:, rows] = _by_q_head(d_q, heads_q)
         if operands.sinks is not None and "sinks" in problem.gradients:
             # A sink is one more key, with a score and no value: its d_p is 0, so d_s = p * (0 - delta).
             p_sink = torch.exp(operands.sinks.to(dtype)[:, None, None] - lse)

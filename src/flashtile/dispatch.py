@@ -9,7 +9,7 @@ from flashtile import settings
 from flashtile.backends.base import Plan, Planner
 from flashtile.backends.cpu import plan as cpu
 from flashtile.backends.naive import plan as naive
-from flashtile.errors import FallbackRefused, InvalidArgument, UnsupportedProblem
+from flashtile.errors import FallbackRefused, UnsupportedProblem, invalid
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
@@ -17,14 +17,14 @@ BACKENDS: dict[str, Planner] = {"cpu": cpu, "naive": naive}
 """Every backend, fastest first; ``auto`` takes the first that does not reject the problem."""
 
 
-def check_backend(backend: str) -> None:
+def check_backend(backend: str, *, argument: str = "backend") -> None:
     """Raises InvalidArgument unless ``backend`` is ``auto`` or the name of a backend."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise InvalidArgument(
-            "backend",
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
+        raise invalid(
+            argument,
             got=repr(backend),
             wanted=" or ".join(repr(name) for name in ("auto", *BACKENDS)),
-            remedy="leave it at 'auto'; flashtile.support_matrix() lists what each backend takes",
+            remedy=f"leave {argument} at 'auto'; flashtile.support_matrix() lists what each backend takes",
         )
 
 
@@ -37,7 +37,7 @@ def choose(problem: AttentionProblem, device: DeviceSpec, backend: str = "auto")
     """
     if backend == "auto":
         backend = settings.default_backend()
-        check_backend(backend)
+        check_backend(backend, argument="FLASHTILE_BACKEND")
     plan = _choose(problem, device, backend)
     if plan.backend == "naive" and backend == "auto" and settings.is_strict():
         raise FallbackRefused(

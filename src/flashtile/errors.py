@@ -15,19 +15,26 @@ class InvalidArgument(FlashtileError, ValueError):
     The text and the attributes name the argument, what it got, what was wanted and the remedy.
     """
 
-    def __init__(self, argument: str, *, got: str, wanted: str, remedy: str) -> None:
+    def __init__(self, argument: str, got: str, wanted: str, remedy: str) -> None:
         self.argument = argument
         self.got = got
         self.wanted = wanted
         self.remedy = remedy
-        super().__init__(f"{argument}: got {got}; wanted {wanted}. Remedy: {remedy}")
 
-    def __reduce__(self):  # keyword-only arguments do not survive the default pickling
-        return _rebuild_invalid_argument, (self.argument, self.got, self.wanted, self.remedy)
+    def __str__(self) -> str:
+        return f"{self.argument}: got {self.got}; wanted {self.wanted}. Remedy: {self.remedy}"
+
+    def __reduce__(self):
+        return type(self), (self.argument, self.got, self.wanted, self.remedy)
 
 
-def _rebuild_invalid_argument(argument: str, got: str, wanted: str, remedy: str) -> InvalidArgument:
-    return InvalidArgument(argument, got=got, wanted=wanted, remedy=remedy)
+def invalid(argument: str, *, got: str, wanted: str, remedy: str) -> InvalidArgument:
+    """The exception to raise in code that ``torch.compile`` traces.
+
+    With ``fullgraph=True`` its error text quotes an exception's arguments, but only positional ones, and only if
+    ``__init__`` does not call ``super()``.
+    """
+    return InvalidArgument(argument, got, wanted, remedy)
 
 
 class UnsupportedProblem(FlashtileError, NotImplementedError):

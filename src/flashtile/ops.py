@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from flashtile import dispatch, settings
 from flashtile.backends.base import Launcher, Plan, Saved
+from flashtile.errors import UnsupportedProblem
 from flashtile.spec import devices, validation
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import DIFFERENTIABLE, AttentionProblem, MaskSpec
@@ -46,6 +48,7 @@ _TENSOR_FIELDS = (
 
 def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked call, differentiable; the only caller of the registered op."""
+    _refuse_forward_mode(operands)
     is_packed = problem.layout == "varlen"
     return attention_forward(
         *(getattr(operands, name) for name in _TENSOR_FIELDS),
@@ -67,7 +70,8 @@ def attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     problem, operands, plan = _stated(inputs)
     if operands.q.device.type == "cpu" or settings.checks_values_on_gpu():
         validation.check_values(problem, operands)
-    return _launcher(plan).forward(problem, operands, plan)
+    with torch.autocast(operands.q.device.type, enabled=False):  # a caller's autocast must not reach our own products
+        return _launcher(plan).forward(problem, operands, plan)
 
 
 @custom_op(
@@ -79,8 +83,20 @@ def attention_backward(
     d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> list[Tensor]:
     problem, operands, plan = _stated(inputs)
-    grads = _launcher(plan).backward(problem, operands, Saved(out=out, lse=lse), d_out, d_lse, plan)
+    with torch.autocast(operands.q.device.type, enabled=False):
+        grads = _launcher(plan).backward(problem, operands, Saved(out=out, lse=lse), d_out, d_lse, plan)
     return [cast(Tensor, getattr(grads, name)) for name in _wanted(problem.gradients)]
+
+
+def _refuse_forward_mode(operands: Operands) -> None:
+    """Raises if an operand carries a tangent: torch would drop it without a word, and return zero tangents."""
+    if forward_ad._current_level < 0:
+        return
+    for name in (*DIFFERENTIABLE, "alibi_slopes"):
+        tensor = getattr(operands, name)
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            remedy = "take reverse-mode ones, for example with torch.autograd.grad or torch.func.vjp"
+            raise UnsupportedProblem(f"No kernel has forward-mode derivatives, and {name} has a tangent; {remedy}.", {})
 
 
 def _stated(inputs: tuple[Any, ...]) -> tuple[AttentionProblem, Operands, Plan]:
@@ -133,11 +149,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, gradients, backend = *ctx.saved_tensors, *ctx.options
-    grads = iter(attention_backward(d_out, d_lse, *saved, gradients, backend))
-    wanted = _wanted(gradients.split(","))
-    by_input = [next(grads) if name in wanted else None for name in DIFFERENTIABLE]
-    q, k, v, bias, sinks = by_input
+    # The gradients wanted when the op was called may not be those wanted now: export and vmap trace before they know.
+    wanted = [name for name in DIFFERENTIABLE if ctx.needs_input_grad[_TENSOR_FIELDS.index(name)]]
+    gradients = ",".join(sorted(wanted if d_lse is None else [*wanted, "lse"]))
+    *saved_and_options, _, backend = *ctx.saved_tensors, *ctx.options
+    grads = dict(zip(wanted, attention_backward(d_out, d_lse, *saved_and_options, gradients, backend), strict=True))
+    q, k, v, bias, sinks = (grads.get(name) for name in DIFFERENTIABLE)
     return (q, k, v, bias, None, None, sinks, *(None,) * (_NUM_INPUTS - 7))
 
 

@@ -101,11 +101,11 @@ def visible_pairs(mask: MaskSpec, *, seqlen_q: int, seqlen_kv: int) -> int:
 
 def _pairs_at_or_left_of(seqlen_q: int, seqlen_kv: int, reach: int | None) -> int:
     """Pairs with ``j <= i + seqlen_kv - seqlen_q + reach``; ``None`` reaches every key."""
-    if reach is None or seqlen_q == 0:
+    if reach is None or 0 in (seqlen_q, seqlen_kv):
         return seqlen_q * seqlen_kv
     first = seqlen_kv - seqlen_q + reach + 1  # keys of row 0 before clamping; each further row has one more
     num_empty = min(max(-first, 0), seqlen_q)
-    num_whole = min(max(first + seqlen_q - 1 - seqlen_kv, 0), seqlen_q) if seqlen_kv > 0 else 0
+    num_whole = min(max(first + seqlen_q - 1 - seqlen_kv, 0), seqlen_q)
     num_rising = max(seqlen_q - num_empty - num_whole, 0)
     lowest = min(max(first + num_empty, 0), seqlen_kv)
     return num_rising * lowest + num_rising * (num_rising - 1) // 2 + num_whole * seqlen_kv

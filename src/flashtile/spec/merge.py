@@ -13,7 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from flashtile.errors import InvalidArgument
+from flashtile.errors import invalid
+from flashtile.spec.options import describe
+from flashtile.spec.problem import DTYPES
+
+LSE_DTYPES = (torch.float32, torch.float64)
 
 
 def guarded(log_value: Tensor) -> Tensor:
@@ -51,13 +55,19 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """
     _check_part("a", out_a, lse_a)
     _check_part("b", out_b, lse_b)
-    if out_a.shape != out_b.shape:
-        raise InvalidArgument(
-            "out_b",
-            got=f"shape {list(out_b.shape)}",
-            wanted=f"the shape of out_a, {list(out_a.shape)}",
-            remedy="merge partial results of the same queries",
-        )
+    for name, first, second in (("lse_a", out_a, lse_a), ("out_b", out_a, out_b), ("lse_b", out_a, lse_b)):
+        if second.device != first.device:
+            raise invalid(
+                name, got=f"a tensor on {second.device}", wanted=f"all four on {first.device}", remedy="move it there"
+            )
+    for name, first, second in (("out_b", out_a, out_b), ("lse_b", lse_a, lse_b)):
+        if second.shape != first.shape or second.dtype != first.dtype:
+            raise invalid(
+                name,
+                got=describe(second),
+                wanted=f"what {name[:-1]}a is, {describe(first)}",
+                remedy="merge partial results of the same queries, as attention_with_lse returned them",
+            )
     shift = guarded(torch.maximum(lse_a, lse_b).detach())
     weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)
     total = weight_a + weight_b
@@ -74,17 +84,18 @@ def _per_row(weight: Tensor) -> Tensor:
 
 
 def _check_part(part: str, out: Tensor, lse: Tensor) -> None:
-    for name, value in ((f"out_{part}", out), (f"lse_{part}", lse)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise InvalidArgument(
+    for name, value, dtypes in ((f"out_{part}", out, DTYPES), (f"lse_{part}", lse, LSE_DTYPES)):
+        is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+        if not is_plain or value.dtype not in dtypes:
+            raise invalid(
                 name,
-                got=f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__,
-                wanted="a floating-point tensor",
+                got=f"layout {value.layout}" if isinstance(value, Tensor) and not is_plain else describe(value),
+                wanted="a strided tensor, " + " or ".join(str(dtype) for dtype in dtypes),
                 remedy="pass what attention_with_lse returned",
             )
     expected = (*out.shape[:-3], out.shape[-2], out.shape[-3]) if out.dim() in (3, 4) else None
     if tuple(lse.shape) != expected:
-        raise InvalidArgument(
+        raise invalid(
             f"lse_{part}",
             got=f"shape {list(lse.shape)} beside out_{part} of shape {list(out.shape)}",
             wanted="out [batch, seqlen_q, heads_q, head_dim_v] with lse [batch, heads_q, seqlen_q], "

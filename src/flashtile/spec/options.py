@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashtile.errors import InvalidArgument
+from flashtile.errors import invalid
 from flashtile.spec.problem import MaskSpec
+
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+"""Scale and softcap lie within the normal range of float32, in which every kernel computes with them."""
 
 
 def check_mask_spec(*, causal: bool, window: Sequence[int | None] | None) -> MaskSpec:
@@ -26,7 +28,7 @@ def _check_window(window: Sequence[int | None] | None) -> tuple[int | None, int 
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise InvalidArgument(
+        raise invalid(
             "window",
             got=describe(window),
             wanted="a pair (left, right), or None",
@@ -35,8 +37,8 @@ def _check_window(window: Sequence[int | None] | None) -> tuple[int | None, int 
     for side, reach in zip(("left", "right"), window, strict=True):
         if reach is None:
             continue
-        if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:
-            raise InvalidArgument(
+        if not _is_integer(reach) or not 0 <= reach < 2**63:
+            raise invalid(
                 "window",
                 got=f"{side} = {describe(reach)}",
                 wanted="an integer >= 0, or None for unlimited",
@@ -48,22 +50,22 @@ def _check_window(window: Sequence[int | None] | None) -> tuple[int | None, int 
 def check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if not _is_number(scale) or not math.isfinite(scale):
-        raise InvalidArgument(
+    if not _is_number(scale) or not -LARGEST <= scale <= LARGEST:
+        raise invalid(
             "scale",
             got=describe(scale),
-            wanted="a finite Python number, or None for head_dim ** -0.5",
+            wanted="a number within float32's range, or None for head_dim ** -0.5",
             remedy="pass scale=float(...), or leave it out",
         )
     return float(scale)
 
 
 def check_softcap(softcap: float) -> float:
-    if not _is_number(softcap) or not math.isfinite(softcap) or softcap < 0:
-        raise InvalidArgument(
+    if not _is_number(softcap) or not (softcap == 0 or SMALLEST <= softcap <= LARGEST):
+        raise invalid(
             "softcap",
             got=describe(softcap),
-            wanted="a finite number >= 0 (0 means no cap)",
+            wanted="0 for no cap, or a positive number within float32's range",
             remedy="pass softcap=0.0 to switch it off, or the positive cap of your model, such as 50.0",
         )
     return float(softcap)
@@ -71,7 +73,7 @@ def check_softcap(softcap: float) -> float:
 
 def check_dropout_p(dropout_p: float) -> float:
     if not _is_number(dropout_p) or not 0 <= dropout_p < 1:
-        raise InvalidArgument(
+        raise invalid(
             "dropout_p",
             got=describe(dropout_p),
             wanted="a probability in [0, 1)",
@@ -82,19 +84,23 @@ def check_dropout_p(dropout_p: float) -> float:
 
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
-        raise InvalidArgument(name, got=describe(value), wanted="True or False", remedy=f"pass {name}=bool(...)")
+        raise invalid(name, got=describe(value), wanted="True or False", remedy=f"pass {name}=bool(...)")
 
 
 def check_count(name: str, value: Any, *, minimum: int) -> Any:
     """``value`` if it is an int (symbolic while torch traces) of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < minimum:
-        raise InvalidArgument(
+    if not _is_integer(value) or not minimum <= value < 2**63:
+        raise invalid(
             name,
             got=describe(value),
             wanted=f"an integer >= {minimum}",
             remedy=f"pass {name} as a Python int, not as a tensor: reading a tensor would synchronise the device",
         )
     return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
@@ -105,4 +111,8 @@ def describe(value: Any) -> str:
     """A value as error texts show it."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = "a number too long to print"
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"

@@ -11,6 +11,9 @@ from flashtile.spec.operands import Operands
 
 Layout = Literal["dense", "varlen"]
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What q, k and v may be."""
+
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 """The operands that have a gradient, in the order in which every backward returns them."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.errors import InvalidArgument
+from flashtile.errors import invalid
 from flashtile.spec.operands import Operands
 from flashtile.spec.options import (
     check_count,
@@ -24,9 +24,8 @@ from flashtile.spec.options import (
     check_softcap,
     describe,
 )
-from flashtile.spec.problem import DIFFERENTIABLE, AttentionProblem
+from flashtile.spec.problem import DIFFERENTIABLE, DTYPES, AttentionProblem
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DENSE_AXES = "[batch, seqlen, heads, head_dim]"
 PACKED_AXES = "[tokens, heads, head_dim]"
 
@@ -60,7 +59,7 @@ def check_call(
         cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
         cu_seqlens_kv = _check_cu_seqlens("cu_seqlens_kv", cu_seqlens_kv, q)
         if cu_seqlens_q.shape != cu_seqlens_kv.shape:
-            raise InvalidArgument(
+            raise invalid(
                 "cu_seqlens_kv",
                 got=f"{cu_seqlens_kv.shape[0]} entries beside {cu_seqlens_q.shape[0]} in cu_seqlens_q",
                 wanted="as many entries as cu_seqlens_q (batch + 1)",
@@ -115,7 +114,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, rank: int) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_one_of_qkv(name, tensor, rank=rank, axes=axes)
         if tensor.dtype != q.dtype:
-            raise InvalidArgument(
+            raise invalid(
                 name,
                 got=f"{tensor.dtype} beside q of {q.dtype}",
                 wanted="one dtype for q, k and v",
@@ -123,28 +122,28 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, rank: int) -> None:
             )
         _check_device(name, tensor, q.device)
     if k.shape[:-1] != v.shape[:-1]:
-        raise InvalidArgument(
+        raise invalid(
             "v",
             got=f"shape {list(v.shape)} beside k of shape {list(k.shape)}",
             wanted="every axis but the last equal to k's",
             remedy="give each key exactly one value; only head_dim_v may differ from head_dim",
         )
     if q.shape[-1] != k.shape[-1]:
-        raise InvalidArgument(
+        raise invalid(
             "k",
             got=f"head_dim {k.shape[-1]} beside q's {q.shape[-1]}",
             wanted="the head_dim of q",
             remedy=f"check the axis order: the layout is {axes}",
         )
     if rank == 4 and q.shape[0] != k.shape[0]:
-        raise InvalidArgument(
+        raise invalid(
             "k",
             got=f"batch {k.shape[0]} beside q's {q.shape[0]}",
             wanted="the batch size of q",
             remedy="expand k and v to q's batch; strides of 0 are fine, nothing is copied",
         )
     if q.shape[-2] % k.shape[-2] != 0:
-        raise InvalidArgument(
+        raise invalid(
             "k",
             got=f"{k.shape[-2]} heads beside {q.shape[-2]} in q",
             wanted="heads_q divisible by heads_kv",
@@ -156,14 +155,14 @@ def _check_one_of_qkv(name: str, tensor: Tensor, *, rank: int, axes: str) -> Non
     _check_strided_tensor(name, tensor)
     if tensor.dim() != rank:
         other = "attention_varlen" if rank == 4 else "attention"
-        raise InvalidArgument(
+        raise invalid(
             name,
             got=f"{tensor.dim()} axes, shape {list(tensor.shape)}",
             wanted=f"{rank} axes, {axes}",
             remedy=f"reshape it to {axes}, or call flashtile.{other} for the other layout",
         )
     if tensor.dtype not in DTYPES:
-        raise InvalidArgument(
+        raise invalid(
             name,
             got=str(tensor.dtype),
             wanted="float16, bfloat16, float32 or float64",
@@ -171,7 +170,7 @@ def _check_one_of_qkv(name: str, tensor: Tensor, *, rank: int, axes: str) -> Non
         )
     for axis, label in ((-1, "head_dim"), (-2, "heads")):
         if tensor.shape[axis] == 0:
-            raise InvalidArgument(
+            raise invalid(
                 name,
                 got=f"{label} = 0, shape {list(tensor.shape)}",
                 wanted=f"{label} >= 1",
@@ -182,7 +181,7 @@ def _check_one_of_qkv(name: str, tensor: Tensor, *, rank: int, axes: str) -> Non
 def _check_cu_seqlens(name: str, value: Any, q: Tensor) -> Tensor:
     cu_seqlens = _check_strided_tensor(name, value)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise InvalidArgument(
+        raise invalid(
             name,
             got=describe(cu_seqlens),
             wanted="a 1-d int32 tensor of batch + 1 entries, starting with 0",
@@ -198,7 +197,7 @@ def _check_bias(bias: Tensor | None, q: Tensor, scores_shape: tuple[Any, ...]) -
     _check_strided_tensor("bias", bias)
     if bias.dtype not in DTYPES:
         boolean = bias.dtype == torch.bool
-        raise InvalidArgument(
+        raise invalid(
             "bias",
             got=f"{bias.dtype} tensor",
             wanted="float16, bfloat16, float32 or float64, added to the scores",
@@ -213,7 +212,7 @@ def _check_mask(mask: Tensor | None, q: Tensor, scores_shape: tuple[Any, ...]) -
         return
     _check_strided_tensor("mask", mask)
     if mask.dtype != torch.bool:
-        raise InvalidArgument(
+        raise invalid(
             "mask",
             got=f"{mask.dtype} tensor",
             wanted="a torch.bool tensor, True = may attend",
@@ -228,7 +227,7 @@ def _check_alibi(slopes: Tensor | None, q: Tensor, batch: int, heads_q: int) -> 
         return
     _check_strided_tensor("alibi_slopes", slopes)
     if slopes.dtype not in DTYPES or tuple(slopes.shape) not in ((heads_q,), (batch, heads_q)):
-        raise InvalidArgument(
+        raise invalid(
             "alibi_slopes",
             got=describe(slopes),
             wanted=f"a floating-point tensor [heads_q] = [{heads_q}] or [batch, heads_q] = [{batch}, {heads_q}]",
@@ -236,7 +235,7 @@ def _check_alibi(slopes: Tensor | None, q: Tensor, batch: int, heads_q: int) -> 
         )
     _check_device("alibi_slopes", slopes, q.device)
     if slopes.requires_grad and torch.is_grad_enabled():
-        raise InvalidArgument(
+        raise invalid(
             "alibi_slopes",
             got="a tensor that requires a gradient",
             wanted="constant slopes",
@@ -249,7 +248,7 @@ def _check_sinks(sinks: Tensor | None, q: Tensor, heads_q: int) -> None:
         return
     _check_strided_tensor("sinks", sinks)
     if sinks.dtype not in DTYPES or tuple(sinks.shape) != (heads_q,):
-        raise InvalidArgument(
+        raise invalid(
             "sinks",
             got=describe(sinks),
             wanted=f"a floating-point tensor [heads_q] = [{heads_q}]",
@@ -266,11 +265,11 @@ def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devic
     wanted = "an int, a 0-d int64 tensor, or None"
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
-            raise InvalidArgument("dropout_seed", got=describe(seed), wanted=wanted, remedy=remedy)
+            raise invalid("dropout_seed", got=describe(seed), wanted=wanted, remedy=remedy)
         _check_device("dropout_seed", seed, device)
         return seed if dropout_p > 0 else None
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
-        raise InvalidArgument("dropout_seed", got=describe(seed), wanted=wanted, remedy=remedy)
+        raise invalid("dropout_seed", got=describe(seed), wanted=wanted, remedy=remedy)
     if dropout_p == 0:
         return None
     if seed is None:
@@ -291,7 +290,7 @@ def _check_broadcast(name: str, tensor: Tensor, scores_shape: tuple[Any, ...]) -
         have in (1, want) for have, want in zip(reversed(tensor.shape), reversed(scores_shape), strict=False)
     )
     if not fits:
-        raise InvalidArgument(
+        raise invalid(
             name,
             got=f"shape {list(tensor.shape)}",
             wanted=f"a shape that broadcasts to [batch, heads_q, seqlen_q, seqlen_kv] = {list(scores_shape)}",
@@ -301,22 +300,27 @@ def _check_broadcast(name: str, tensor: Tensor, scores_shape: tuple[Any, ...]) -
 
 def _check_strided_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise InvalidArgument(
+        raise invalid(
             name,
             got=describe(value),
             wanted="a torch.Tensor",
             remedy=f"convert it, for example torch.as_tensor({name})",
         )
-    if value.layout != torch.strided:
-        raise InvalidArgument(
-            name, got=f"layout {value.layout}", wanted="a strided tensor", remedy=f"pass {name}.to_dense()"
+    if value.is_nested:
+        raise invalid(
+            name,
+            got="a nested tensor",
+            wanted="a strided tensor",
+            remedy=f"pass torch.nested.to_padded_tensor({name}, 0.0), or pack the sequences for attention_varlen",
         )
+    if value.layout != torch.strided:
+        raise invalid(name, got=f"layout {value.layout}", wanted="a strided tensor", remedy=f"pass {name}.to_dense()")
     return value
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise InvalidArgument(
+        raise invalid(
             name,
             got=f"a tensor on {tensor.device}",
             wanted=f"the device of q, {device}",
@@ -338,7 +342,7 @@ def check_values(problem: AttentionProblem, operands: Operands) -> None:
         boundaries = cu_seqlens.tolist()
         lengths = [end - begin for begin, end in pairwise(boundaries)]
         if boundaries[0] != 0:
-            raise InvalidArgument(
+            raise invalid(
                 name,
                 got=f"first entry {boundaries[0]}",
                 wanted="first entry 0",
@@ -346,21 +350,21 @@ def check_values(problem: AttentionProblem, operands: Operands) -> None:
             )
         if lengths and min(lengths) < 0:
             sequence = next(idx for idx, length in enumerate(lengths) if length < 0)
-            raise InvalidArgument(
+            raise invalid(
                 name,
                 got=f"{boundaries[sequence]} followed by {boundaries[sequence + 1]} (sequence {sequence})",
                 wanted="entries that never decrease",
                 remedy="pass cumulative lengths, not the lengths themselves",
             )
         if boundaries[-1] > tokens:
-            raise InvalidArgument(
+            raise invalid(
                 name,
                 got=f"last entry {boundaries[-1]} for a buffer of {tokens} tokens",
                 wanted="a last entry no larger than the number of tokens",
                 remedy="check that the packed tensor and the boundaries belong together",
             )
         if lengths and max(lengths) > longest:
-            raise InvalidArgument(
+            raise invalid(
                 name.replace("cu_seqlens", "max_seqlen"),
                 got=str(longest),
                 wanted=f"at least {max(lengths)}, the longest sequence in {name}",

@@ -52,9 +52,8 @@ def backward(
         "bias": padded_grads.bias,
         "sinks": padded_grads.sinks,
     }
-    return Gradients(
-        **{name: grads[name].to(getattr(operands, name).dtype) for name in problem.gradients if name in grads}
-    )
+    wanted = {name: grad for name, grad in grads.items() if name in problem.gradients}
+    return Gradients(**{name: grad.to(getattr(operands, name).dtype).contiguous() for name, grad in wanted.items()})
 
 
 def _paddings(problem: AttentionProblem, operands: Operands) -> tuple[Padding, Padding]:

@@ -1,0 +1,1 @@
+"""Benchmarks: cases, peers, interleaved timing, results files and the tables made from them."""

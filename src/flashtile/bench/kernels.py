@@ -1,0 +1,287 @@
+"""``bench kernels``: one attention call, every peer, case by case."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flashtile import dispatch
+from flashtile.backends.base import Plan
+from flashtile.bench import environment, timing
+from flashtile.bench.baselines import FLASHTILE, NAIVE, SDPA, AttentionFn, Peer
+from flashtile.bench.cases import BenchCase, Direction
+from flashtile.bench.results import Ceilings, KernelResults, KernelRow
+from flashtile.bench.timing import Candidate, Clock, Failure, Timing
+from flashtile.spec import devices, units
+from flashtile.testing.memory import peak_extra_bytes
+
+_TOLERATED_DIFFERENCE = {"float16": 0.05, "bfloat16": 0.05, "float32": 0.005, "float64": 1e-6}
+"""Relative to the largest magnitude of a result; catches wrong masks and wrong heads, not lost digits."""
+_MAX_REASON = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseTensors:
+    """The tensors of one case; random, the same for every peer."""
+
+    q: Tensor  # [batch, seqlen, heads_q, head_dim]
+    k: Tensor  # [batch, seqlen, heads_kv, head_dim]
+    v: Tensor  # [batch, seqlen, heads_kv, head_dim]
+    d_out: Tensor  # [batch, seqlen, heads_q, head_dim]
+
+    @classmethod
+    def random(cls, case: BenchCase, device: torch.device) -> CaseTensors:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(heads: int) -> Tensor:
+            shape = (case.batch, case.seqlen, heads, case.head_dim)
+            return torch.randn(shape, generator=generator, device=device).to(case.torch_dtype)
+
+        needs_grad = case.direction != "forward"
+        q, k, v = (draw(heads).requires_grad_(needs_grad) for heads in (case.heads_q, case.heads_kv, case.heads_kv))
+        return cls(q=q, k=k, v=v, d_out=draw(case.heads_q))
+
+
+def start(
+    cases: Sequence[BenchCase], peers: Sequence[Peer], device: torch.device, clock: Clock, *, budget_s: float
+) -> KernelResults:
+    """The results before the first case: environment, ceilings, and who is missing altogether."""
+    missing: dict[str, str] = {}
+    for peer in peers:
+        reasons = {peer.unavailable_reason(case, device) for case in cases}
+        if len(reasons) == 1 and (reason := reasons.pop()) is not None:
+            missing[peer.name] = reason
+    return KernelResults(
+        environment=environment.describe(device),
+        created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        budget_s=budget_s,
+        ceilings=Ceilings(
+            matmul_tflops={
+                case.dtype: timing.matmul_ceiling_tflops(case.torch_dtype, device, clock)
+                for case in {case.dtype: case for case in cases}.values()
+            },
+            copy_gb_per_s=timing.copy_ceiling_gb_per_s(device, clock),
+        ),
+        missing_peers=missing,
+        is_complete=False,
+        rows=(),
+    )
+
+
+def run(
+    results: KernelResults,
+    cases: Sequence[BenchCase],
+    peers: Sequence[Peer],
+    device: torch.device,
+    clock: Clock,
+    *,
+    min_rounds: int,
+    on_progress: Callable[[BenchCase, float], None] = lambda _case, _share: None,
+) -> Iterator[KernelResults]:
+    """Measures case after case and yields the results with each finished case's rows added.
+
+    Args:
+        results: from ``start``.
+        cases, peers, device, clock: as given to ``start``.
+        min_rounds: for each case, even if that takes longer than ``results.budget_s``.
+        on_progress: called now and then with the running case and the share of it that is done.
+    """
+    present = [peer for peer in peers if peer.name not in results.missing_peers]
+    for case_idx, case in enumerate(cases):
+        on_progress(case, 0.0)
+        rows = _rows_of_case(
+            case,
+            present,
+            device,
+            clock,
+            results,
+            min_rounds=min_rounds,
+            on_round=partial(on_progress, case),
+        )
+        results = replace(results, rows=results.rows + rows, is_complete=case_idx == len(cases) - 1)
+        yield results
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FirstCall:
+    """What a peer's first, untimed calls showed."""
+
+    peak_bytes: int
+    difference: float
+
+
+def _rows_of_case(
+    case: BenchCase,
+    peers: Sequence[Peer],
+    device: torch.device,
+    clock: Clock,
+    results: KernelResults,
+    *,
+    min_rounds: int,
+    on_round: Callable[[float], None],
+) -> tuple[KernelRow, ...]:
+    rows, candidates, first_calls = _try_all(case, peers, device)
+    timings = timing.measure(candidates, clock, budget_s=results.budget_s, min_rounds=min_rounds, on_round=on_round)
+    for name, timed in timings.items():
+        if isinstance(timed, Failure):
+            rows[name] = KernelRow(case=case, peer=name, status=timed.status, reason=timed.reason)
+        else:
+            rows[name] = _measured_row(case, name, timings, first_calls[name], results.ceilings, device)
+    return tuple(rows[peer.name] for peer in peers)
+
+
+def _try_all(
+    case: BenchCase, peers: Sequence[Peer], device: torch.device
+) -> tuple[dict[str, KernelRow], dict[str, Candidate], dict[str, _FirstCall]]:
+    """Rows of the peers that cannot be timed; candidates and first calls of those that can."""
+    rows: dict[str, KernelRow] = {}
+    candidates: dict[str, Candidate] = {}
+    first_calls: dict[str, _FirstCall] = {}
+    try:
+        tensors = CaseTensors.random(case, device)
+    except Exception as error:
+        if not timing.is_out_of_memory(error):
+            raise
+        reason = "the inputs alone do not fit"
+        rows = {
+            peer.name: KernelRow(case=case, peer=peer.name, status="out_of_memory", reason=reason) for peer in peers
+        }
+        return rows, candidates, first_calls
+    checker = _Checker()
+    for peer in sorted(peers, key=lambda peer: peer.name != NAIVE):  # the others are checked against the formula
+        outcome = _try(peer, case, tensors, checker)
+        if isinstance(outcome, KernelRow):
+            rows[peer.name] = outcome
+            timing.release_memory()
+        else:
+            candidates[peer.name], first_calls[peer.name] = outcome
+    return rows, candidates, first_calls
+
+
+def _try(
+    peer: Peer, case: BenchCase, tensors: CaseTensors, checker: _Checker
+) -> KernelRow | tuple[Candidate, _FirstCall]:
+    """What the peer refuses, what memory it takes, and whether its result is right."""
+    device = tensors.q.device
+    row = partial(KernelRow, case=case, peer=peer.name)
+    if (reason := peer.unavailable_reason(case, device)) is not None:
+        return row(status="unavailable", reason=reason)
+    if device.type == "cpu" and (reason := _lack_of_memory(peer, case)) is not None:
+        return row(status="out_of_memory", reason=reason)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            with peer.scope():
+                attend = peer.prepare(case, device)
+                candidate = Candidate(run=_runner(attend, case.direction, tensors), scope=peer.scope)
+                difference = checker.difference(peer.name, candidate.run())
+                # A backward's cost includes what the forward leaves for it.
+                whole = "forward" if case.direction == "forward" else "forward+backward"
+                peak_bytes = peak_extra_bytes(_runner(attend, whole, tensors), device)
+        except Exception as error:
+            failure = Failure.of(error)
+            explained = failure.reason
+            if failure.status == "refused":  # torch says in warnings why it has no kernel
+                explained = "; ".join([failure.reason, *_reasons_in(said)])
+            return row(status=failure.status, reason=explained[:_MAX_REASON])
+    if not difference <= _TOLERATED_DIFFERENCE[case.dtype]:  # NaN is wrong too
+        return row(
+            status="wrong_result",
+            reason=f"differs from {checker.reference} by {difference:.2g} of the largest magnitude",
+            difference=difference if math.isfinite(difference) else None,
+        )
+    return candidate, _FirstCall(peak_bytes=peak_bytes, difference=difference)
+
+
+def _reasons_in(said: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What torch warned about, without source positions, headings, and the kernels that a peer's scope disabled."""
+    texts = [" ".join(str(warning.message).partition("(Triggered internally")[0].split()) for warning in said]
+    return [text for text in texts if not text.endswith(("because:", "runtime disabled."))]
+
+
+def _runner(attend: AttentionFn, direction: Direction, tensors: CaseTensors) -> Callable[[], tuple[Tensor, ...]]:
+    """The call to measure. For ``backward`` the forward runs here, once, and its graph is kept."""
+    q, k, v, d_out = tensors.q, tensors.k, tensors.v, tensors.d_out
+    if direction == "forward":
+        return lambda: (attend(q, k, v),)
+    if direction == "forward+backward":
+        return lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), d_out)
+    out = attend(q, k, v)
+    return lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+
+def _lack_of_memory(peer: Peer, case: BenchCase) -> str | None:
+    needed, available = peer.scratch_bytes(case), environment.available_host_bytes()
+    if available is None or needed <= available:
+        return None
+    return f"needs at least {units.in_bytes(needed)}, {units.in_bytes(available)} are free: not tried"
+
+
+class _Checker:
+    """Compares each result with the first one that there was."""
+
+    def __init__(self) -> None:
+        self.reference: str | None = None
+        self._expected: tuple[Tensor, ...] = ()
+
+    def difference(self, name: str, result: tuple[Tensor, ...]) -> float:
+        """Largest difference over the reference's largest magnitude, the worst of all tensors; 0 for the first."""
+        if self.reference is None:
+            self.reference, self._expected = name, tuple(tensor.detach() for tensor in result)
+        worst = 0.0
+        for got, expected in zip(result, self._expected, strict=True):
+            difference = (got.detach() - expected).abs().max() / expected.abs().max()
+            worst = max(worst, float(difference.nan_to_num(nan=math.inf)))
+        return worst
+
+
+def _measured_row(
+    case: BenchCase,
+    name: str,
+    timings: Mapping[str, Timing | Failure],
+    first_call: _FirstCall,
+    ceilings: Ceilings,
+    device: torch.device,
+) -> KernelRow:
+    timed = timings[name]
+    assert isinstance(timed, Timing), "the caller sorted the failures out"
+    tflops = case.flops / (timed.median_ms * 1e-3) / 1e12
+    plan = dispatch.choose(case.problem, devices.detect(device)) if name == FLASHTILE else None
+    return KernelRow(
+        case=case,
+        peer=name,
+        status="ok",
+        timing=timed,
+        tflops=tflops,
+        percent_of_ceiling=100 * tflops / ceilings.matmul_tflops[case.dtype],
+        peak_extra_bytes=first_call.peak_bytes,
+        difference=first_call.difference,
+        speedup_over_naive=_speedup(timed, timings.get(NAIVE)),
+        speedup_over_sdpa=_speedup(timed, timings.get(SDPA)),
+        kernel=None if plan is None else _kernel_name(plan, case.direction),
+        kernel_reason=None if plan is None else plan.reason,
+    )
+
+
+def _speedup(timed: Timing, other: Timing | Failure | None) -> float | None:
+    return other.median_ms / timed.median_ms if isinstance(other, Timing) else None
+
+
+def _kernel_name(plan: Plan, direction: Direction) -> str:
+    """For example ``cpu/tiled``, and ``cpu/torch_fused+tiled`` where forward and backward differ."""
+    kernels = {
+        "forward": [plan.forward.kernel],
+        "backward": [plan.backward.kernel],
+        "forward+backward": [plan.forward.kernel, plan.backward.kernel],
+    }[direction]
+    return f"{plan.backend}/{'+'.join(dict.fromkeys(kernels))}"

@@ -1,0 +1,158 @@
+"""The kernels under test, each as a function from a call to its results; the numerics tests take them from here.
+
+A backend that joins the library joins these tests with one line in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashtile
+from flashtile import dispatch
+from flashtile.backends.base import Launcher, Plan, Saved, TileConfig
+from flashtile.spec import devices, validation
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
+from flashtile.testing import Call, CallSpec, Results, assert_results_within_budget, poisoned_allocations
+
+NO_OPTIONS: dict[str, Any] = {
+    "causal": False,
+    "window": None,
+    "scale": None,
+    "softcap": 0.0,
+    "bias": None,
+    "mask": None,
+    "alibi_slopes": None,
+    "sinks": None,
+    "dropout_p": 0.0,
+    "dropout_seed": None,
+    "deterministic": False,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """A backend as users reach it, by name through the public functions."""
+
+    name: str
+    device: str
+
+    def forward(self, call: Call) -> Tensor:
+        """out, differentiable if the call's tensors are."""
+        function = flashtile.attention_varlen if call.is_packed else flashtile.attention
+        return function(call.q, call.k, call.v, backend=self.name, **call.options)
+
+    def forward_with_lse(self, call: Call) -> tuple[Tensor, Tensor]:
+        """(out, lse), differentiable if the call's tensors are."""
+        function = flashtile.attention_varlen_with_lse if call.is_packed else flashtile.attention_with_lse
+        return function(call.q, call.k, call.v, backend=self.name, **call.options)
+
+    def run(self, call: Call, d_out: Tensor, d_lse: Tensor | None) -> Results:
+        """Results with the gradients of everything differentiable.
+
+        Without ``d_lse``, out and gradients come from the function that returns no lse, which other kernels may serve.
+        """
+        leaves = with_leaves(call)
+        if d_lse is None:
+            out, upstream = self.forward(leaves), [d_out]
+            with torch.no_grad():
+                lse = self.forward_with_lse(call)[1]
+            results = [out]
+        else:
+            out, lse = results = self.forward_with_lse(leaves)
+            upstream = [d_out, d_lse]
+        inputs = leaves.differentiable
+        gradients = torch.autograd.grad(results, list(inputs.values()), upstream)
+        return Results(out=out.detach(), lse=lse.detach(), gradients=dict(zip(inputs, gradients, strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One kernel of a backend with tiles of the test's choice, past the planner that would choose others."""
+
+    backend: str
+    kernel: str
+    tiles: TileConfig
+    device: str = "cpu"
+
+    def forward_with_lse(self, call: Call) -> tuple[Tensor, Tensor]:
+        """(out, lse), without a graph for autograd."""
+        problem, operands, plan, launcher = self._stated(call, wants_lse=False)
+        with torch.no_grad():
+            return launcher.forward(problem, operands, plan)
+
+    def run(self, call: Call, d_out: Tensor, d_lse: Tensor | None) -> Results:
+        """Results with the gradients of everything differentiable."""
+        leaves = with_leaves(call)
+        problem, operands, plan, launcher = self._stated(leaves, wants_lse=d_lse is not None)
+        with torch.no_grad():
+            out, lse = launcher.forward(problem, operands, plan)
+            found = launcher.backward(problem, operands, Saved(out=out, lse=lse), d_out, d_lse, plan)
+        return Results(out=out, lse=lse, gradients={name: getattr(found, name) for name in leaves.differentiable})
+
+    def _stated(self, call: Call, *, wants_lse: bool) -> tuple[AttentionProblem, Operands, Plan, Launcher]:
+        options = NO_OPTIONS | call.options
+        problem, operands = validation.check_call(
+            call.q, call.k, call.v, **options, wants_lse=wants_lse, is_packed=call.is_packed
+        )
+        plan = dispatch.choose(problem, devices.detect(call.q.device), self.backend)
+        plan = replace(
+            plan,
+            forward=replace(plan.forward, kernel=self.kernel, tiles=self.tiles),
+            backward=replace(plan.backward, kernel=self.kernel, tiles=self.tiles),
+        )
+        return problem, operands, plan, cast(Launcher, import_module(f"flashtile.backends.{self.backend}.launch"))
+
+
+Runner = Backend | Kernel
+
+CPU = Backend(name="cpu", device="cpu")
+NAIVE = Backend(name="naive", device="cpu")
+SMALL_TILES = TileConfig(block_q=8, block_kv=16)
+TILED = Kernel(backend="cpu", kernel="tiled", tiles=SMALL_TILES)
+TILED_16BIT = Kernel(backend="cpu", kernel="tiled_16bit", tiles=SMALL_TILES)
+FUSED = Kernel(backend="cpu", kernel="torch_fused", tiles=SMALL_TILES)
+
+BACKENDS = [pytest.param(CPU, id="cpu"), pytest.param(NAIVE, id="naive")]
+"""Every backend, through the public functions. A GPU backend's entry has ``marks=pytest.mark.gpu``."""
+
+RUNNERS = [*BACKENDS, pytest.param(TILED, id="cpu-tiled-8x16")]
+"""What takes every problem. The small tiles let short sequences cross many of them."""
+
+
+def with_leaves(call: Call) -> Call:
+    """The call on leaves of autograd that share its tensors' memory and strides."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.differentiable.items()}
+    options = call.options | {name: leaf for name, leaf in leaves.items() if name in call.options}
+    return Call(q=leaves["q"], k=leaves["k"], v=leaves["v"], options=options)
+
+
+def check(runner: Runner, spec: CallSpec, *, is_small: bool = True, has_d_lse: bool = True) -> Results:
+    """Runs the call that ``spec`` describes on poisoned memory, asserts the numerics contract, returns the results."""
+    call = spec.build(runner.device)
+    d_out, d_lse = spec.build_upstream(runner.device)
+    if not has_d_lse:
+        d_lse = None
+    with poisoned_allocations():
+        results = runner.run(call, d_out, d_lse)
+    assert_results_within_budget(results, call, d_out=d_out, d_lse=d_lse, is_small=is_small)
+    assert_dtypes(results, call)
+    if spec.unused_rows:
+        for name in ("q", "k", "v"):
+            assert bool((results.gradients[name][-spec.unused_rows :] == 0).all()), f"d_{name} of unused rows is not 0"
+        assert bool((results.out[-spec.unused_rows :] == 0).all()), "out of unused rows is not 0"
+    return results
+
+
+def assert_dtypes(results: Results, call: Call) -> None:
+    """out has q's dtype, lse float32 (float64 for float64), each gradient the dtype of its input."""
+    assert results.out.dtype == call.q.dtype
+    assert results.lse.dtype == (torch.float64 if call.q.dtype == torch.float64 else torch.float32)
+    for name, gradient in results.gradients.items():
+        assert gradient.dtype == call.differentiable[name].dtype, name

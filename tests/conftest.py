@@ -11,10 +11,13 @@ from hypothesis import HealthCheck, settings
 # The tensors of most tests are too small to share between threads, and ``pytest -n`` would oversubscribe the cores.
 torch.set_num_threads(1)
 
+# HYPOTHESIS_PROFILE picks one: "default" draws the same examples every time, "thorough" draws new ones, and many.
 SLOW_DRAWS = (HealthCheck.too_slow, HealthCheck.data_too_large)
-settings.register_profile("quick", deadline=None, max_examples=15, suppress_health_check=SLOW_DRAWS)
-settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=SLOW_DRAWS)
-settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=SLOW_DRAWS)
+settings.register_profile("quick", deadline=None, max_examples=30, suppress_health_check=SLOW_DRAWS)
+settings.register_profile(
+    "default", deadline=None, max_examples=300, derandomize=True, suppress_health_check=SLOW_DRAWS
+)
+settings.register_profile("thorough", deadline=None, max_examples=5000, suppress_health_check=SLOW_DRAWS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import custom_op
 
 from flashtile import dispatch, settings
 from flashtile.backends.base import Launcher, Plan, Saved
@@ -50,7 +49,7 @@ def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tu
     """(out, lse) of a checked call, differentiable; the only caller of the registered op."""
     _refuse_forward_mode(operands)
     is_packed = problem.layout == "varlen"
-    return attention_forward(
+    return torch.ops.flashtile.attention_forward.default(
         *(getattr(operands, name) for name in _TENSOR_FIELDS),
         problem.seqlen_q if is_packed else None,
         problem.seqlen_kv if is_packed else None,
@@ -65,8 +64,7 @@ def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tu
     )
 
 
-@custom_op("flashtile::attention_forward", mutates_args=(), schema=f"({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)")
-def attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     problem, operands, plan = _stated(inputs)
     if operands.q.device.type == "cpu" or settings.checks_values_on_gpu():
         validation.check_values(problem, operands)
@@ -74,12 +72,7 @@ def attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return _launcher(plan).forward(problem, operands, plan)
 
 
-@custom_op(
-    "flashtile::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor? d_out, Tensor? d_lse, Tensor out, Tensor lse, {_OPERANDS}, {_OPTIONS}) -> Tensor[]",
-)
-def attention_backward(
+def _attention_backward(
     d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> list[Tensor]:
     problem, operands, plan = _stated(inputs)
@@ -128,15 +121,13 @@ def _wanted(gradients: frozenset[str] | list[str]) -> list[str]:
 # --- what the compiler and autograd need to know ----------------------------------------------------------------------
 
 
-@attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *rows, heads_q, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*rows, heads_q, v.shape[-1]), q.new_empty(*rows[:-1], heads_q, rows[-1], dtype=lse_dtype)
 
 
-@attention_backward.register_fake
-def _(d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
+def _fake_backward(d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
     tensors: dict[str, Tensor] = dict(zip(_TENSOR_FIELDS, inputs, strict=False))
     gradients = inputs[_NUM_INPUTS - 2].split(",")
     return [torch.empty_like(tensors[name], memory_format=torch.contiguous_format) for name in _wanted(gradients)]
@@ -153,9 +144,29 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tupl
     wanted = [name for name in DIFFERENTIABLE if ctx.needs_input_grad[_TENSOR_FIELDS.index(name)]]
     gradients = ",".join(sorted(wanted if d_lse is None else [*wanted, "lse"]))
     *saved_and_options, _, backend = *ctx.saved_tensors, *ctx.options
-    grads = dict(zip(wanted, attention_backward(d_out, d_lse, *saved_and_options, gradients, backend), strict=True))
+    found = torch.ops.flashtile.attention_backward.default(d_out, d_lse, *saved_and_options, gradients, backend)
+    grads = dict(zip(wanted, found, strict=True))
     q, k, v, bias, sinks = (grads.get(name) for name in DIFFERENTIABLE)
     return (q, k, v, bias, None, None, sinks, *(None,) * (_NUM_INPUTS - 7))
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+def _refuse_second_derivative(*_: Any) -> None:
+    raise UnsupportedProblem(
+        "flashtile::attention_backward has no derivative: take gradients of gradients elsewhere.", {}
+    )
+
+
+# torch.library.custom_op would do the same, but loads the compiler, seconds of imports, at the first call.
+_library = torch.library.Library("flashtile", "DEF")
+_library.define(f"attention_forward({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"attention_backward(Tensor? d_out, Tensor? d_lse, Tensor out, Tensor lse, {_OPERANDS}, {_OPTIONS}) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _name, _kernel, _fake, _derivative, _save in (
+    ("attention_forward", _attention_forward, _fake_forward, _differentiate, _save_for_backward),
+    ("attention_backward", _attention_backward, _fake_backward, _refuse_second_derivative, None),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashtile::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"flashtile::{_name}", _derivative, setup_context=_save, lib=_library)

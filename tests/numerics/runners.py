@@ -53,20 +53,20 @@ class Backend:
         function = flashtile.attention_varlen_with_lse if call.is_packed else flashtile.attention_with_lse
         return function(call.q, call.k, call.v, backend=self.name, **call.options)
 
-    def run(self, call: Call, d_out: Tensor, d_lse: Tensor | None) -> Results:
-        """Results with the gradients of everything differentiable.
+    def run(self, call: Call, d_out: Tensor | None, d_lse: Tensor | None) -> Results:
+        """Results with the gradients of everything differentiable; out or the lse may be left without a gradient.
 
         Without ``d_lse``, out and gradients come from the function that returns no lse, which other kernels may serve.
         """
         leaves = with_leaves(call)
         if d_lse is None:
-            out, upstream = self.forward(leaves), [d_out]
+            out = self.forward(leaves)
             with torch.no_grad():
                 lse = self.forward_with_lse(call)[1]
-            results = [out]
         else:
-            out, lse = results = self.forward_with_lse(leaves)
-            upstream = [d_out, d_lse]
+            out, lse = self.forward_with_lse(leaves)
+        used = [(result, gradient) for result, gradient in ((out, d_out), (lse, d_lse)) if gradient is not None]
+        results, upstream = zip(*used, strict=True)
         inputs = leaves.differentiable
         gradients = torch.autograd.grad(results, list(inputs.values()), upstream)
         return Results(out=out.detach(), lse=lse.detach(), gradients=dict(zip(inputs, gradients, strict=True)))
@@ -87,7 +87,7 @@ class Kernel:
         with torch.no_grad():
             return launcher.forward(problem, operands, plan)
 
-    def run(self, call: Call, d_out: Tensor, d_lse: Tensor | None) -> Results:
+    def run(self, call: Call, d_out: Tensor | None, d_lse: Tensor | None) -> Results:
         """Results with the gradients of everything differentiable."""
         leaves = with_leaves(call)
         problem, operands, plan, launcher = self._stated(leaves, wants_lse=d_lse is not None)
@@ -133,12 +133,13 @@ def with_leaves(call: Call) -> Call:
     return Call(q=leaves["q"], k=leaves["k"], v=leaves["v"], options=options)
 
 
-def check(runner: Runner, spec: CallSpec, *, is_small: bool = True, has_d_lse: bool = True) -> Results:
+def check(
+    runner: Runner, spec: CallSpec, *, is_small: bool = True, has_d_out: bool = True, has_d_lse: bool = True
+) -> Results:
     """Runs the call that ``spec`` describes on poisoned memory, asserts the numerics contract, returns the results."""
-    call = spec.build(runner.device)
-    d_out, d_lse = spec.build_upstream(runner.device)
-    if not has_d_lse:
-        d_lse = None
+    call = spec.build()
+    d_out, d_lse = spec.build_upstream()
+    d_out, d_lse = d_out if has_d_out else None, d_lse if has_d_lse else None
     with poisoned_allocations():
         results = runner.run(call, d_out, d_lse)
     assert_results_within_budget(results, call, d_out=d_out, d_lse=d_lse, is_small=is_small)

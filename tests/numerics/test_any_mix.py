@@ -12,33 +12,37 @@ import pytest
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from runners import FUSED, RUNNERS, TILED_16BIT, Runner, check
+from runners import BACKENDS, RUNNERS, TILED_16BIT, Backend, Runner, check
 
-from flashtile.testing import draw_spec
+from flashtile.testing import CallSpec, draw_spec
 
 RANDOMS = st.randoms(use_true_random=False)
+
+
+def check_drawn(runner: Runner, spec: CallSpec, rng: Random) -> None:
+    """Checks the call with gradients of out and lse, mostly, or of one of them alone."""
+    has_d_out, has_d_lse = rng.choice(((True, True), (True, True), (True, False), (False, True)))
+    note(f"{spec}, has_d_out={has_d_out}, has_d_lse={has_d_lse}")
+    check(runner, spec, has_d_out=has_d_out, has_d_lse=has_d_lse)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @given(rng=RANDOMS)
 def test_any_mix_of_options(runner: Runner, rng: Random) -> None:
-    spec = draw_spec(rng)
-    note(repr(spec))
-    check(runner, spec)
+    check_drawn(runner, draw_spec(rng), rng)
 
 
 @given(rng=RANDOMS)
 def test_any_mix_of_options_with_16_bit_products(rng: Random) -> None:
-    spec = draw_spec(rng, dtypes=(torch.bfloat16,))
-    note(repr(spec))
-    check(TILED_16BIT, spec)
+    check_drawn(TILED_16BIT, draw_spec(rng, dtypes=(torch.bfloat16,)), rng)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(rng=RANDOMS)
-def test_plain_calls_on_torchs_fused_op(rng: Random) -> None:
+def test_plain_calls(backend: Backend, rng: Random) -> None:
+    """Where the CPU's planner may choose torch's fused op."""
     lengths = (1, 2, 7, 31, 32, 33, 127, 257)
-    spec = draw_spec(rng, lengths=lengths, min_batch=1, layouts=("dense",), option_rate=0.0)
-    is_square = spec.lengths_q == spec.lengths_kv
-    spec = replace(spec, head_dim_v=spec.head_dim, causal=spec.causal and is_square)
+    spec = draw_spec(rng, lengths=lengths, layouts=("dense",), option_rate=0.0)
+    spec = replace(spec, head_dim_v=spec.head_dim, scale=rng.choice((None, 0.3, -0.5, 0.0)))
     note(repr(spec))
-    check(FUSED, spec, has_d_lse=False)
+    check(backend, spec, has_d_lse=False)

@@ -57,8 +57,8 @@ def test_forward_and_backward_drop_what_the_contract_says(runner: Runner, seed: 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_sequences_drop_like_dense_ones(backend: Backend) -> None:
     spec = CallSpec(lengths_q=(9, 9), lengths_kv=(14, 14), heads_kv=2, dropout_p=0.5, seed=3, dtype=torch.float64)
-    dense = backend.forward(spec.build(backend.device))
-    packed = backend.forward(replace(spec, is_packed=True).build(backend.device))
+    dense = backend.forward(spec.build())
+    packed = backend.forward(replace(spec, is_packed=True).build())
     torch.testing.assert_close(packed, dense.flatten(0, 1))
 
 
@@ -90,7 +90,7 @@ def test_activation_checkpointing_recomputes_the_same_mask(
     backend: Backend, options: dict[str, Any], use_reentrant: bool
 ) -> None:
     """FA#612: with a seed from torch's generator, recomputing in the backward must not draw a new one."""
-    x = make_tensor((2, 24, 2, 8), dtype=torch.float64, device=backend.device).requires_grad_()
+    x = make_tensor((2, 24, 2, 8), dtype=torch.float64).requires_grad_()
 
     def layer(x: Tensor) -> Tensor:
         return backend.forward(Call(q=x, k=x * 0.5, v=x.sin(), options=options | {"dropout_p": 0.3}))
@@ -111,6 +111,6 @@ def test_activation_checkpointing_recomputes_the_same_mask(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lse_ignores_dropout(backend: Backend) -> None:
     spec = CallSpec(lengths_q=(9,), lengths_kv=(14,), seed=3)
-    _, lse = backend.forward_with_lse(spec.build(backend.device))
-    _, lse_dropped = backend.forward_with_lse(replace(spec, dropout_p=0.6).build(backend.device))
+    _, lse = backend.forward_with_lse(spec.build())
+    _, lse_dropped = backend.forward_with_lse(replace(spec, dropout_p=0.6).build())
     torch.testing.assert_close(lse_dropped, lse)

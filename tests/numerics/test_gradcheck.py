@@ -54,7 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_equal_finite_differences(backend: Backend, options: dict[str, Any]) -> None:
-    call = with_leaves(replace(BASE, **options).build(backend.device))
+    call = with_leaves(replace(BASE, **options).build())
     names = list(call.differentiable)
 
     def results(*tensors: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def test_strides_of_the_upstream_gradient(runner: Runner, strides: Strides) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_upstream_gradient_of_a_sum(backend: Backend) -> None:
     """``out.sum().backward()`` sends a d_out whose every stride is 0."""
-    call = with_leaves(SPEC.build(backend.device))
+    call = with_leaves(SPEC.build())
     out, lse = backend.forward_with_lse(call)
     gradients = torch.autograd.grad(out.sum() + 2 * lse.sum(), [call.q, call.k, call.v])
     d_out, d_lse = torch.ones(call.out_shape), 2 * torch.ones(call.lse_shape)
@@ -88,8 +88,8 @@ WANTED = [names for size in (1, 2) for names in combinations(("q", "k", "v", "bi
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_some_inputs_require_a_gradient(backend: Backend, wanted: tuple[str, ...]) -> None:
     """PT#148476: only the bias requires a gradient; and every other one or two inputs alone."""
-    call = replace(SPEC, bias_axes="hk", has_sinks=True, causal=True).build(backend.device)
-    d_out = make_tensor(call.out_shape, seed=5, device=backend.device)
+    call = replace(SPEC, bias_axes="hk", has_sinks=True, causal=True).build()
+    d_out = make_tensor(call.out_shape, seed=5)
     everything = backend.run(call, d_out, None).gradients
     some = {name: call.differentiable[name].detach().requires_grad_() for name in wanted}
     partly = Call(
@@ -107,8 +107,8 @@ def test_only_some_inputs_require_a_gradient(backend: Backend, wanted: tuple[str
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_gradient_of_a_plain_call(backend: Backend, wanted: str) -> None:
     """One gradient alone where the CPU may choose torch's fused op."""
-    call = replace(SPEC, lengths_kv=SPEC.lengths_q, causal=True).build(backend.device)
-    d_out = make_tensor(call.out_shape, seed=5, device=backend.device)
+    call = replace(SPEC, lengths_kv=SPEC.lengths_q, causal=True).build()
+    d_out = make_tensor(call.out_shape, seed=5)
     everything = backend.run(call, d_out, None).gradients
     partly = replace(call, **{wanted: call.differentiable[wanted].detach().requires_grad_()})
     (found,) = torch.autograd.grad(backend.forward(partly), [partly.differentiable[wanted]], d_out)
@@ -154,8 +154,8 @@ def test_expanded_bias_and_mask(runner: Runner) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_tensor_as_query_key_and_value(backend: Backend) -> None:
     """Self-attention on one tensor: its gradient is the sum of three."""
-    x = make_tensor((1, 20, 2, 8), device=backend.device).requires_grad_()
-    d_out = make_tensor((1, 20, 2, 8), seed=5, device=backend.device)
+    x = make_tensor((1, 20, 2, 8)).requires_grad_()
+    d_out = make_tensor((1, 20, 2, 8), seed=5)
     call = Call(q=x, k=x, v=x, options={"causal": True})
     (found,) = torch.autograd.grad(backend.forward(call), [x], d_out)
     parts = backend.run(call, d_out, None).gradients

@@ -20,9 +20,9 @@ from flashtile.testing import Call, CallSpec, make_tensor
 
 def visible_keys(backend: Backend, *, seqlen_q: int, seqlen_kv: int, **options: Any) -> list[list[int]]:
     """Which keys each query gives weight to: with one-hot values, out is the weights."""
-    q = torch.zeros(1, seqlen_q, 1, 4, device=backend.device)
-    k = torch.zeros(1, seqlen_kv, 1, 4, device=backend.device)
-    v = torch.eye(seqlen_kv, device=backend.device)[None, :, None, :]
+    q = torch.zeros(1, seqlen_q, 1, 4)
+    k = torch.zeros(1, seqlen_kv, 1, 4)
+    v = torch.eye(seqlen_kv)[None, :, None, :]
     weights = backend.forward(Call(q=q, k=k, v=v, options=options))[0, :, 0]
     return [row.nonzero().flatten().tolist() for row in weights]
 
@@ -39,10 +39,9 @@ def test_causal_is_aligned_at_the_bottom_right(backend: Backend) -> None:
 def test_torchs_causal_is_aligned_at_the_top_left(backend: Backend, seqlen_q: int, seqlen_kv: int) -> None:
     """PT#108108: ``is_causal`` of torch shows key j to query i for j <= i: as a mask it is ours."""
     q, k, v = (
-        make_tensor((1, length, 2, 8), seed=seed, device=backend.device)
-        for seed, length in enumerate((seqlen_q, seqlen_kv, seqlen_kv))
+        make_tensor((1, length, 2, 8), seed=seed) for seed, length in enumerate((seqlen_q, seqlen_kv, seqlen_kv))
     )
-    top_left = torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool, device=backend.device).tril()
+    top_left = torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool).tril()
     ours = backend.forward(Call(q=q, k=k, v=v, options={"mask": top_left}))
     by_heads = [x.transpose(1, 2) for x in (q, k, v)]
     torchs = scaled_dot_product_attention(by_heads[0], by_heads[1], by_heads[2], is_causal=True).transpose(1, 2)
@@ -93,8 +92,8 @@ def test_no_option_is_dropped_silently(backend: Backend, option: str, is_packed:
     if option == "causal":
         others["window"] = (3, None)  # the window's right end would hide nothing more than causal does
     for base in ({}, others):
-        without = backend.forward(replace(plain, **base).build(backend.device))
-        with_option = backend.forward(replace(plain, **base, **OPTIONS[option]).build(backend.device))
+        without = backend.forward(replace(plain, **base).build())
+        with_option = backend.forward(replace(plain, **base, **OPTIONS[option]).build())
         assert not torch.allclose(with_option, without, atol=1e-3), f"{option} changed nothing beside {sorted(base)}"
 
 
@@ -103,7 +102,7 @@ def test_no_option_is_dropped_silently(backend: Backend, option: str, is_packed:
 def test_decoding_step_equals_the_last_row(backend: Backend, options: dict[str, Any]) -> None:
     """FA#907: ALiBi (and masks) of one query over a cache of keys equal those of the last row in training."""
     spec = replace(SPEC, lengths_q=(17,), dtype=torch.float64, **options)
-    call = spec.build(backend.device)
+    call = spec.build()
     whole, whole_lse = backend.forward_with_lse(call)
     step, step_lse = backend.forward_with_lse(replace(call, q=call.q[:, -1:]))
     torch.testing.assert_close(step, whole[:, -1:])
@@ -113,10 +112,10 @@ def test_decoding_step_equals_the_last_row(backend: Backend, options: dict[str, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alibi_is_the_distance_to_the_diagonal(backend: Backend) -> None:
     """The bias that ALiBi stands for, written out: -slope * |i + seqlen_kv - seqlen_q - j|."""
-    call = replace(SPEC, dtype=torch.float64).build(backend.device)
-    slopes = torch.tensor([0.5, 0.25, 1.0, 0.0], device=backend.device)
+    call = replace(SPEC, dtype=torch.float64).build()
+    slopes = torch.tensor([0.5, 0.25, 1.0, 0.0])
     i, j = torch.arange(12)[:, None], torch.arange(17)
-    bias = -slopes[:, None, None].double() * (i + 5 - j).abs().to(slopes.device)
+    bias = -slopes[:, None, None].double() * (i + 5 - j).abs()
     by_slopes, by_bias = (
         backend.forward(replace(call, options=options)) for options in ({"alibi_slopes": slopes}, {"bias": bias})
     )
@@ -132,8 +131,8 @@ def test_packed_equals_dense(backend: Backend) -> None:
     def packed_rows(lse: Tensor) -> Tensor:
         return lse.transpose(0, 1).flatten(1)
 
-    dense_out, dense_lse = backend.forward_with_lse(spec.build(backend.device))
-    packed = replace(spec, is_packed=True).build(backend.device)
+    dense_out, dense_lse = backend.forward_with_lse(spec.build())
+    packed = replace(spec, is_packed=True).build()
     out, lse = backend.forward_with_lse(packed)
     torch.testing.assert_close(out, dense_out.flatten(0, 1))
     torch.testing.assert_close(lse, packed_rows(dense_lse))

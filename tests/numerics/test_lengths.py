@@ -25,6 +25,16 @@ def test_edges_of_small_tiles(runner: Runner, seqlen_q: int, seqlen_kv: int) -> 
     check(runner, replace(spec, window=(5, 2), bias_axes="hqk", mask_axes="bk"))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_scale_that_is_not_positive(runner: Runner, causal: bool, scale: float) -> None:
+    """-inf times a scale of 0 is NaN, and times a negative one +inf: masks come after the scale."""
+    spec = CallSpec(lengths_q=(20,), lengths_kv=(20,), causal=causal, scale=scale)
+    check(runner, spec, has_d_lse=False)
+    check(runner, replace(spec, window=(3, 2)))
+
+
 @pytest.mark.parametrize("seqlen_kv", CPU_KV)
 @pytest.mark.parametrize("seqlen_q", CPU_Q)
 @pytest.mark.parametrize("causal", [False, True])

@@ -81,7 +81,7 @@ def test_a_dense_sequence_does_not_depend_on_its_neighbours(
     backend: Backend, options: dict[str, Any], dtype: torch.dtype, seqlen: int
 ) -> None:
     spec = CallSpec(lengths_q=(seqlen,) * 5, lengths_kv=(seqlen,) * 5, heads_kv=2, heads_per_kv=2, head_dim=64)
-    call = replace(spec, head_dim_v=64, dtype=dtype, **options).build(backend.device)
+    call = replace(spec, head_dim_v=64, dtype=dtype, **options).build()
     out, lse = backend.forward_with_lse(call)
     for batch_idx in (0, 4):
         out_alone, lse_alone = backend.forward_with_lse(alone(call, batch_idx))

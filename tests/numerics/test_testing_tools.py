@@ -1,4 +1,4 @@
-"""The tools that judge the kernels are judged here: the oracle by hand and by torch, the assertions by wrong results."""
+"""The tools that judge the kernels are judged here: the oracle by hand and by torch, assertions by wrong results."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_entries_where_the_naive_formula_overflows_are_not_its_error() -> None:
 
 
 MISTAKES: dict[str, dict[str, Any]] = {
-    "scale": {"scale": 0.36},
+    "scale": {"scale": 0.4},
     "window off by one": {"window": (6, 2)},
     "alignment": {"mask": torch.ones(40, 50, dtype=torch.bool).tril()},
     "forgotten sink": {"sinks": None},
@@ -275,9 +275,9 @@ def test_drawn_specs_reach_every_option_and_their_mixes() -> None:
 
 def test_plain_draws_have_no_option() -> None:
     for seed in range(30):
-        spec = draw_spec(Random(seed), option_rate=0.0, layouts=("dense",), min_batch=1)
+        spec = draw_spec(Random(seed), option_rate=0.0, layouts=("dense",))
         has_option = (spec.window, spec.bias_axes, spec.mask_axes, spec.alibi, spec.softcap, spec.dropout_p)
-        assert not any(has_option) and not spec.has_sinks and not spec.is_packed and spec.lengths_q
+        assert not any(has_option) and not spec.has_sinks and not spec.is_packed
 
 
 def test_poison_fills_what_nobody_wrote_and_ends_with_its_context() -> None:

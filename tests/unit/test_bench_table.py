@@ -66,9 +66,9 @@ def results(*found: KernelRow, is_complete: bool = True) -> KernelResults:
     )
 
 
-def printed(found: KernelResults) -> str:
+def printed(found: KernelResults, width: int = 80) -> str:
     file = io.StringIO()
-    table.print_results(found, Console(file=file))
+    table.print_results(found, Console(file=file, width=width))
     return file.getvalue()
 
 
@@ -78,6 +78,14 @@ def test_each_peer_has_its_figures_on_its_own_line() -> None:
     assert ours.split()[-8:] == ["10.0", "±1%", "0.0123", "46", "3.00", "MiB", "123.45", "0.90"]
     (naive,) = [line for line in lines if " naive " in line and "MiB" in line]
     assert naive.split()[-8:] == ["1,234", "±1%", "0.0123", "46", "3.00", "MiB", "1.00", "0.01"]
+
+
+def test_no_figure_is_cut_on_a_narrow_terminal() -> None:
+    long = replace(CASE, batch=32, heads_q=128, heads_kv=16)
+    failed = KernelRow(case=long, peer="sdpa-efficient", status="out_of_memory", reason="16 GiB")
+    found = results(*rows(10.0, 1234.5, 9.0, long), failed)
+    assert printed(found, width=40) == printed(found, width=200)
+    assert "batch 32, heads 128/16" in printed(found) and "out of memory" in printed(found)
 
 
 def test_a_case_names_its_axes_and_grouped_heads() -> None:

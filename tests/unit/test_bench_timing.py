@@ -184,6 +184,28 @@ def test_torch_running_out_of_memory_on_a_cpu_is_recognised() -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 256.00 GiB. GPU 0 has a total capacity of 8 B."
+            ),
+            Failure(status="out_of_memory", reason="CUDA out of memory. Tried to allocate 256.00 GiB"),
+        ),
+        (
+            RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: you tried to allocate 9 bytes. Error code 12"),
+            Failure(status="out_of_memory", reason="DefaultCPUAllocator: you tried to allocate 9 bytes. Error code 12"),
+        ),
+        (MemoryError(), Failure(status="out_of_memory", reason="MemoryError")),
+        (ValueError("two\n  lines"), Failure(status="refused", reason="ValueError: two lines")),
+        (NotImplementedError(), Failure(status="refused", reason="NotImplementedError")),
+    ],
+)
+def test_a_failure_is_told_in_one_line(error: Exception, expected: Failure) -> None:
+    assert Failure.of(error) == expected
+
+
+@pytest.mark.parametrize(
     ("times_ms", "expected"),
     [
         ([4.0], Timing(median_ms=4.0, q25_ms=4.0, q75_ms=4.0, rounds=1)),

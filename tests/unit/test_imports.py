@@ -153,3 +153,15 @@ def test_the_examples_in_docstrings_run(module: str) -> None:
         runner.run(example)
     assert runner.tries >= 3
     assert runner.failures == 0
+
+
+def test_the_first_call_loads_no_compiler() -> None:
+    """Loading torch's compiler takes seconds, so eager attention must not do it."""
+    code = (
+        "import sys, torch, flashtile\n"
+        "q = torch.randn(1, 8, 2, 16, requires_grad=True)\n"
+        "flashtile.attention(q, q, q, softcap=5.0).sum().backward()\n"
+        "print([name for name in ('triton', 'torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -58,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the cases whose label has all these words, for example 'causal and head_dim=64 and not backward'",
     )
     parser.add_argument(
-        "--budget-s", type=_positive_float, metavar="SECONDS", help="for each case; more makes the medians steadier"
+        "--budget-s",
+        type=_positive_float,
+        metavar="SECONDS",
+        help="time for each case; more makes the medians steadier (default: "
+        f"{_DEFAULT_BUDGET_S['cpu']:g} on a CPU, {_DEFAULT_BUDGET_S['cuda']:g} on a GPU, "
+        f"{_QUICK_BUDGET_S:g} with --quick)",
     )
     parser.add_argument(
         "--out",

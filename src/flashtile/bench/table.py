@@ -8,6 +8,7 @@ from itertools import groupby
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,8 +17,6 @@ from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import KernelResults, KernelRow
 from flashtile.spec import units
 
-_MIN_WIDTH = 110
-"""For files and pipes, which have no width of their own."""
 _TOLERANCE = 0.05
 """How much slower than torch the project lets flashtile be."""
 _WORDS = {
@@ -31,12 +30,12 @@ _WORDS = {
 def print_results(results: KernelResults, console: Console | None = None) -> None:
     """Prints the conditions of the run, one table per direction and dtype, what is missing and why, and the summary."""
     console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, _MIN_WIDTH)
     for line in _conditions(results):
         console.print(Text(line), soft_wrap=True)
     for (direction, dtype), rows in groupby(results.rows, key=lambda row: (row.case.direction, row.case.dtype)):
-        console.print(_table(f"{direction}, {dtype}", list(rows)))
+        table = _table(f"{direction}, {dtype}", list(rows))
+        table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        console.print(table, crop=False)  # a narrow terminal breaks lines, which is ugly; cut figures would be wrong
     for line in (*_missing(results), *summary(results)):
         console.print(Text(line), soft_wrap=True)
 

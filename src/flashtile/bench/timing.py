@@ -53,8 +53,9 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> Failure:
         text = " ".join(str(error).split())
-        if is_out_of_memory(error):
-            return cls(status="out_of_memory", reason=text)
+        if is_out_of_memory(error):  # torch goes on with statistics and advice
+            told = text[max(text.find("DefaultCPUAllocator"), 0) :]
+            return cls(status="out_of_memory", reason=". ".join(told.split(". ")[:2]) or type(error).__name__)
         return cls(status="refused", reason=f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 

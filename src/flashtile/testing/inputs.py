@@ -30,7 +30,7 @@ def make_tensor(
     shape: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     seed: int = 0,
     spread: float = 1.0,
     strides: Strides = "contiguous",
@@ -41,7 +41,7 @@ def make_tensor(
     Args:
         shape: [..., tokens, heads, dim], at least three axes unless the strides are "contiguous".
         dtype: the numbers are drawn in float64 and rounded, so the same seed gives the same numbers in every dtype.
-        device: where the tensor lives; the numbers do not depend on it.
+        device: where the tensor lives, by default on torch's default device; the numbers do not depend on it.
         seed: of the numbers.
         spread: their standard deviation.
         strides: "contiguous"; "heads_first", in memory [..., heads, tokens, dim]; "sliced", a part of longer rows, as
@@ -56,11 +56,12 @@ def make_tensor(
     """
     shape = tuple(shape)
     num_heads = 1 if strides == "shared_heads" else shape[-2]
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn((*shape[:-2], num_heads, shape[-1]), generator=generator, dtype=torch.float64) * spread
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn_shape = (*shape[:-2], num_heads, shape[-1])
+    numbers = torch.randn(drawn_shape, generator=generator, dtype=torch.float64, device="cpu") * spread
     if unused_rows:
         numbers[-unused_rows:] = math.nan
-    numbers = numbers.to(device=device, dtype=dtype)
+    numbers = numbers.to(device=device or torch.get_default_device(), dtype=dtype)
     if strides == "contiguous":
         return numbers
     if strides == "heads_first":
@@ -72,7 +73,7 @@ def make_tensor(
     return surroundings[..., inner].copy_(numbers)
 
 
-def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """The [batch + 1] int32 boundaries of packed sequences.
 
     Example:
@@ -137,8 +138,9 @@ class CallSpec:
     def heads_q(self) -> int:
         return self.heads_kv * self.heads_per_kv
 
-    def build(self, device: torch.device | str = "cpu") -> Call:
-        """The call's tensors and options."""
+    def build(self, device: torch.device | str | None = None) -> Call:
+        """The call's tensors and options, by default on torch's default device."""
+        device = device or torch.get_default_device()
         shapes: tuple[tuple[str, tuple[int, ...], int, int, Strides], ...] = (
             ("q", self.lengths_q, self.heads_q, self.head_dim, self.strides_q),
             ("k", self.lengths_kv, self.heads_kv, self.head_dim, self.strides_k),
@@ -158,8 +160,9 @@ class CallSpec:
         }
         return Call(**tensors, options=self._options(device))
 
-    def build_upstream(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def build_upstream(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """Gradients of out and of the lse for the call, NaN in the unused rows."""
+        device = device or torch.get_default_device()
         rows = self._rows(self.lengths_q)
         d_out = make_tensor(
             (*rows, self.heads_q, self.head_dim_v),
@@ -229,8 +232,8 @@ class CallSpec:
         return tuple(shape[num_leading:])
 
     def _uniform(self, shape: tuple[int, ...], which: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + which)
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(self.seed + which)
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def draw_spec(
@@ -238,7 +241,6 @@ def draw_spec(
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
     lengths: Sequence[int] = LENGTHS,
-    min_batch: int = 0,
     max_batch: int = 3,
     max_head_dim: int = 24,
     layouts: Sequence[Literal["dense", "packed"]] = ("dense", "packed"),
@@ -250,7 +252,7 @@ def draw_spec(
         rng: ``random.Random(seed)``, or what hypothesis' ``st.randoms(use_true_random=False)`` draws.
         dtypes: of q, k and v.
         lengths: the sequence lengths to choose from.
-        min_batch, max_batch: how many sequences.
+        max_batch: up to so many sequences; now and then none.
         max_head_dim: largest head_dim and head_dim_v, at least 1.
         layouts: to choose from.
         option_rate: the probability of each option; 0 draws plain attention.
@@ -272,7 +274,7 @@ def draw_spec(
         return "".join(letter for letter in "bhqk" if happens(0.6))
 
     is_packed = rng.choice(layouts) == "packed"
-    batch = rng.randint(min_batch if happens(0.1) else max(min_batch, 1), max_batch)
+    batch = rng.randint(0 if happens(0.1) else 1, max_batch)
     lengths_q, lengths_kv = (
         tuple(rng.choice(lengths) for _ in range(batch)) if is_packed else (rng.choice(lengths),) * batch
         for _ in ("q", "kv")

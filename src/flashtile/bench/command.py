@@ -87,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
     has_rich = importlib.util.find_spec("rich") is not None
     if not (args.json or has_rich):
         raise MissingExtra("rich", "bench")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, the memory meter, logs into the progress bar
     device = environment.find_device(args.device)
     cases = _cases(args, device.type)
     out = args.out or (None if args.json else Path("out") / f"bench_kernels_{device.type}.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -86,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     # The profiler that counts memory would log into the progress bar.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     settings = _settings(args)
     for flag, path in (("--out", args.out), ("--json", args.json)):
         if path is not None:

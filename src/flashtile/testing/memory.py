@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str = "cp
 
 
 def _peak_on_cpu(run: Callable[[], object]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would log to the terminal otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         run()
     recorded: Any = recording.profiler  # neither torch's public interface nor its type stubs show the events' sizes

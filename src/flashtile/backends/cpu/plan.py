@@ -46,6 +46,7 @@ def _beyond_fused(problem: AttentionProblem) -> tuple[str, ...]:
     is_plain_causal = problem.mask.is_causal and problem.mask.left is None
     checks = {
         "packed sequences": problem.layout == "varlen",
+        "a scale that is not positive": problem.scale <= 0,
         "empty tensors": problem.is_empty,
         "windows": not (problem.mask.is_unlimited or is_plain_causal),
         "bottom-right causal alignment": is_plain_causal and problem.seqlen_q != problem.seqlen_kv,

@@ -142,7 +142,7 @@ def _backward_sequence(
         d_q_all[:, rows] = _by_q_head(d_q, heads_q)
         if operands.sinks is not None and "sinks" in problem.gradients:
             # A sink is one more key, with a score and no value: its d_p is 0, so d_s = p * (0 - delta).
-            p_sink = torch.exp(operands.sinks.to(dtype)[:, None, None] - lse)
+            p_sink = torch.exp(operands.sinks.to(dtype)[:, None, None] - guarded(lse))
             sums["sinks"] -= (p_sink * delta).sum(dim=(1, 2))
 
 

@@ -1,7 +1,7 @@
 """Attention as the textbook writes it, every option included, on padded operands [batch, heads, seqlen, dim].
 
     s = scale * q @ k.T; s = softcap * tanh(s / softcap); s += bias + alibi; s[hidden] = -inf
-    p = exp(s - lse), lse = log(sum(exp(s)) + exp(sink)); out = dropout(p) @ v
+    p = exp(s) / z, z = sum(exp(s)) + exp(sink), lse = log(z); out = dropout(p) @ v
 
 Memory: the score matrix and its likes, [batch, heads_q, seqlen_q, seqlen_kv], several times over.
 """
@@ -53,10 +53,7 @@ class Scores:
 def forward(problem: AttentionProblem, padded: PaddedOperands, operands: Operands) -> tuple[Tensor, Tensor]:
     """(out [batch, heads_q, seqlen_q, head_dim_v], lse [batch, heads_q, seqlen_q]) in accumulation dtype."""
     scores = _scores(problem, padded, operands)
-    lse = torch.logsumexp(scores.s, dim=-1)
-    if operands.sinks is not None:
-        lse = torch.logaddexp(lse, operands.sinks.to(lse.dtype)[:, None])
-    p = torch.exp(scores.s - guarded(lse)[..., None])
+    p, _, lse = _softmax(scores.s, operands.sinks)
     return _dropped(p, scores) @ padded.v, lse
 
 
@@ -65,30 +62,37 @@ def backward(
     padded: PaddedOperands,
     operands: Operands,
     out: Tensor,
-    lse: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
 ) -> PaddedGradients:
     """All gradients in accumulation dtype, padded like the operands; those of k and v still one per query head."""
     scores = _scores(problem, padded, operands)
-    p = torch.exp(scores.s - guarded(lse)[..., None])
+    p, p_sink, _ = _softmax(scores.s, operands.sinks)
     delta = (out * d_out).sum(dim=-1, keepdim=True)
     if d_lse is not None:
         delta = delta - d_lse[..., None]
     d_p = _dropped(d_out @ padded.v.mT, scores)
     d_s = p * (d_p - delta)
     d_raw = d_s if scores.softcap_slope is None else d_s * scores.softcap_slope
-    d_sinks = None
-    if operands.sinks is not None:
-        p_sink = torch.exp(operands.sinks.to(lse.dtype)[:, None] - guarded(lse)) * (lse != -torch.inf)
-        d_sinks = -(p_sink * delta[..., 0]).sum(dim=(0, 2))
     return PaddedGradients(
         q=problem.scale * (d_raw @ padded.k),
         k=problem.scale * (d_raw.mT @ padded.q),
         v=_dropped(p, scores).mT @ d_out,
         bias=None if operands.bias is None else d_s.sum_to_size(operands.bias.shape),
-        sinks=d_sinks,
+        sinks=None if operands.sinks is None else -(p_sink * delta).sum(dim=(0, 2, 3)),
     )
+
+
+def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(p like s, the sink's own probability [batch, heads_q, seqlen_q, 1], lse [batch, heads_q, seqlen_q])."""
+    sink = s.new_full((1, 1, 1), -torch.inf) if sinks is None else sinks.to(s.dtype)[:, None, None]
+    row_max = torch.maximum(s.amax(dim=-1, keepdim=True), sink) if s.shape[-1] > 0 else sink.expand(*s.shape[:-1], 1)
+    shift = guarded(row_max)  # a row that sees nothing is shifted by 0, not by -inf
+    p, p_sink = torch.exp(s - shift), torch.exp(sink - shift)
+    row_sum = p.sum(dim=-1, keepdim=True) + p_sink
+    lse = (shift + torch.log(row_sum)).squeeze(-1)
+    row_sum = row_sum.masked_fill(row_sum == 0, 1.0)
+    return p.div_(row_sum), p_sink / row_sum, lse
 
 
 def _dropped(p: Tensor, scores: Scores) -> Tensor:

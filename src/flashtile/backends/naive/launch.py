@@ -37,7 +37,6 @@ def backward(
         _padded(problem, operands, padding_q, padding_kv),
         operands,
         out=padded_rows(saved.out),
-        lse=padded_lse(saved.lse),
         d_out=padded_rows(torch.zeros_like(saved.out) if d_out is None else d_out),
         d_lse=None if d_lse is None else padded_lse(d_lse),
     )

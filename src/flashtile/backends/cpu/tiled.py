@@ -35,6 +35,9 @@ from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
 
+LOG2_E = math.log2(math.e)
+
+
 def forward(
     problem: AttentionProblem, operands: Operands, blocks: TileConfig, products: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -65,7 +68,7 @@ def _forward_sequence(rules: ScoreRules, blocks: TileConfig, products: torch.dty
 
             new_max = torch.maximum(row_max, s.amax(dim=-1, keepdim=True))
             shift = guarded(new_max)  # a row that has seen no key yet is shifted by 0, not by -inf
-            p = s.sub_(shift).exp_()
+            p = _exp_(s.sub_(shift))
             rescale = torch.exp(row_max - shift)
             row_sum = row_sum * rescale + p.sum(dim=-1, keepdim=True)
             p = _by_kv_head(rules.dropped(p, tile).to(products), heads_kv)
@@ -129,7 +132,7 @@ def _backward_sequence(
             k, v = k_all[:, tile.cols].to(products), v_all[:, tile.cols].to(products)  # [heads_kv, BLOCK_KV, head_dim]
             s_capped = rules.scaled_and_capped(_by_q_head(q @ k.mT, heads_q))  # [heads_q, BLOCK_Q, BLOCK_KV]
             s = rules.biased_and_masked(s_capped, tile)
-            p = torch.exp(s - guarded(lse))
+            p = _exp_(s - guarded(lse))
             d_v_all[:, tile.cols] += _by_kv_head(rules.dropped(p, tile).to(products), heads_kv).mT @ d_o
             d_p = rules.dropped(_by_q_head(d_o @ v.mT, heads_q).to(dtype), tile)
             d_s = p.mul_(d_p - delta)
@@ -174,6 +177,11 @@ def _statistics_of_sinks(problem: AttentionProblem, operands: Operands, rows: sl
         )
     row_max = operands.sinks.to(problem.accumulation_dtype)[:, None, None].expand(shape)
     return row_max, torch.exp(row_max - guarded(row_max))
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp in place, as a power of two: torch's vectorised exp2 takes a quarter of the time of its exp."""
+    return x.mul_(LOG2_E).exp2_()
 
 
 def _slices(length: int, block: int) -> Iterator[slice]:

@@ -9,9 +9,9 @@ from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
 TILES = TileConfig(block_q=256, block_kv=512)
-TILES_16BIT = TileConfig(block_q=512, block_kv=512)
-LONG = 2048
-"""Keys from which bfloat16 tiles beat torch's fused op; below, the calls from Python cost more than they save."""
+TILES_16BIT = TileConfig(block_q=512, block_kv=256)
+LONG, WIDE = 2048, 128
+"""Keys and head_dim from which bfloat16 tiles beat torch's fused op; below, the steps between products cost more."""
 
 
 def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
@@ -33,8 +33,10 @@ def plan(problem: AttentionProblem, device: DeviceSpec) -> Plan:
 def _kernel(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, TileConfig, str]:
     """(kernel, tiles, reason)."""
     has_fast_bfloat16 = device.flops_per_s_16bit > device.flops_per_s_32bit
-    if problem.dtype == torch.bfloat16 and problem.seqlen_kv >= LONG and has_fast_bfloat16:
-        return "tiled_16bit", TILES_16BIT, f"from {LONG} keys on, tiles multiplied in bfloat16 are the fastest here"
+    is_large = problem.seqlen_kv >= LONG and problem.head_dim >= WIDE
+    if problem.dtype == torch.bfloat16 and is_large and has_fast_bfloat16:
+        reason = f"from {LONG} keys and head_dim {WIDE} on, tiles multiplied in bfloat16 are the fastest here"
+        return "tiled_16bit", TILES_16BIT, reason
     beyond_fused = _beyond_fused(problem)
     if beyond_fused:
         return "tiled", TILES, "tiles in plain torch, because torch's fused CPU op lacks " + ", ".join(beyond_fused)

@@ -34,7 +34,6 @@ from flashtile.spec.merge import guarded
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
-
 LOG2_E = math.log2(math.e)
 
 

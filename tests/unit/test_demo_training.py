@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtile.bench import environment
 from flashtile.demo import clock, model, training
 from flashtile.demo.corpus import Corpus
 from flashtile.demo.model import ModelShape
@@ -156,7 +157,7 @@ def test_a_naive_run_out_of_memory_leaves_the_other_alone(
 def test_a_size_that_cannot_fit_is_refused_before_linux_ends_the_process(
     text: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "available_bytes", lambda: SETTINGS.score_matrix_bytes)
+    monkeypatch.setattr(environment, "available_host_bytes", lambda: SETTINGS.score_matrix_bytes)
     comparison = compare(text)
     assert comparison.naive.failure is not None
     assert "score matrices alone" in comparison.naive.failure

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashtile.bench import environment
 from flashtile.demo import corpus as corpora
 from flashtile.demo import machine, summary, training
 from flashtile.demo.corpus import Corpus
@@ -118,7 +119,7 @@ def _require(package: str) -> None:
 
 
 def _settings(args: argparse.Namespace) -> TrainingSettings:
-    device = machine.pick_device(args.device)
+    device = environment.find_device(args.device)
     defaults = _QUICK if args.quick else _DEFAULTS[device.type]
     sizes: dict[str, int] = {}
     for name in _SIZES:

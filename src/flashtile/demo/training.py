@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from flashtile import dispatch
 from flashtile.backends.base import Plan
+from flashtile.bench import environment
 from flashtile.demo.clock import AttentionClock
 from flashtile.demo.corpus import Corpus, draw_batch
-from flashtile.demo.machine import available_bytes, human_bytes
+from flashtile.demo.machine import human_bytes
 from flashtile.demo.model import (
     NUM_BYTES,
     AttentionFunction,
@@ -183,7 +184,10 @@ class _Run:
         """Fails before Linux ends the whole process: it grants memory that it does not have, and kills later."""
         if self.name != "naive" or self.settings.device.type != "cpu":
             return
-        least, available = self.settings.score_matrix_bytes * (self.settings.shape.layers + 1), available_bytes()
+        least, available = (
+            self.settings.score_matrix_bytes * (self.settings.shape.layers + 1),
+            environment.available_host_bytes(),
+        )
         if available is not None and least > available:
             raise MemoryError(
                 f"its score matrices alone need {human_bytes(least)}, and {human_bytes(available)} are available"

@@ -3,13 +3,14 @@
 #   make test    the checks and the whole test suite; what CI runs
 #   make check   ruff, pyright, import-linter and the size report
 #   make bench   times the kernels on this machine beside their peers
+#   make performance   writes docs/performance.md from the results under benchmarks/results/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum pyproject.toml requirements-dev.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench performance format clean
 
 demo: $(READY)
 	$(BIN)/flashtile demo $(ARGS)
@@ -27,15 +28,20 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/flashtile bench kernels $(ARGS)
 
+performance: $(READY)
+	$(BIN)/python scripts/performance_page.py
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # torch brings its own Triton where it has a GPU build; elsewhere the pinned one serves the interpreter and compiler.
+# The newest supported one lies beside it, for the tests that compile every kernel with both.
 $(READY):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==3.6.0
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-newest triton==3.9.0
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	rm -f $(VENV)/.ready-*
 	touch $(READY)

@@ -8,16 +8,16 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from flashtile import InvalidArgument, MissingExtra
-from flashtile.bench import baselines, command, results, timing
+from flashtile.bench import baselines, command, compile_ahead, environment, results, timing
 from flashtile.bench.baselines import NAIVE, AttentionFn, Peer
-from flashtile.bench.cases import BenchCase
+from flashtile.bench.tensors import CaseTensors
 
 TINY = ["--device", "cpu", "--head-dim", "16", "--dtype", "fp32", "--budget-s", "0.001", "--quick"]
 FORMULA = next(peer for peer in baselines.PEERS if peer.name == NAIVE)
@@ -40,10 +40,10 @@ def bench(*arguments: str) -> int:
 def interrupting(monkeypatch: pytest.MonkeyPatch, *, at_seqlen: int) -> None:
     """Has one peer, which presses Ctrl-C when it is asked for that length."""
 
-    def prepare(case: BenchCase, device: torch.device) -> AttentionFn:
-        if case.seqlen == at_seqlen:
+    def prepare(tensors: CaseTensors) -> AttentionFn:
+        if tensors.case.seqlen == at_seqlen:
             raise KeyboardInterrupt
-        return FORMULA.prepare(case, device)
+        return FORMULA.prepare(tensors)
 
     monkeypatch.setattr(baselines, "PEERS", (Peer(name=NAIVE, prepare=prepare),))
 
@@ -79,6 +79,69 @@ def test_options_replace_the_axes_of_the_grid(capsys: pytest.CaptureFixture[str]
     cases = [row["case"] for row in json.loads(capsys.readouterr().out)["rows"] if row["peer"] == NAIVE]
     assert len(cases) == 2 * 2 * 2
     assert {(case["heads_q"], case["heads_kv"]) for case in cases} == {(32, 32), (32, 8)}
+
+
+def test_options_are_chosen_with_commas_or_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seqlen", "16", "--direction", "forward", "--json", "--filter", "full"]
+    for options in (["plain,bias", "alibi"], ["alibi,", "bias", "plain"]):
+        assert bench(*TINY, *arguments, "--options", *options) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert [row["case"]["option"] for row in rows if row["peer"] == NAIVE] == ["plain", "bias", "alibi"]
+        assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_options_can_be_filtered(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seqlen", "16", "--direction", "forward", "--json"]
+    assert bench(*TINY, *arguments, "--options", "mask,window", "--filter", "causal and not mask") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["case"]["option"], row["case"]["is_causal"]) for row in rows} == {("window", True)}
+
+
+def test_peers_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seqlen", "16", "--direction", "forward", "--filter", "causal", "--json"]
+    assert bench(*TINY, *arguments, "--peers", "sdpa,flashtile", "flex") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["peer"] for row in document["rows"]] == ["flashtile", "sdpa"]
+    assert document["missing_peers"] == {"flex": "needs a GPU"}
+
+
+def test_the_commit_is_recorded_where_git_knows_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_git", lambda *_: None)
+    arguments = ["--seqlen", "16", "--direction", "forward", "--filter", "causal", "--json"]
+    assert bench(*TINY, *arguments, "--commit", "0123456789" * 4) == 0
+    assert json.loads(capsys.readouterr().out)["environment"]["commit"] == "0123456789" * 4
+
+
+def test_compiling_ahead_is_for_gpus_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def pretend(jobs: Sequence[object], num_processes: int) -> list[str]:
+        asked.append((len(jobs), num_processes))
+        return ["flex, some case: it broke"]
+
+    monkeypatch.setattr(compile_ahead, "run", pretend)
+    arguments = ["--seqlen", "16", "--direction", "forward", "--json"]
+    assert bench(*TINY, *arguments) == 0
+    assert asked == []
+    assert bench(*TINY, *arguments, "--compile-processes", "3") == 0
+    assert asked == [(2, 3)]
+    err = capsys.readouterr().err
+    assert "Compiling ahead: 2 first calls in 3 processes\n  flex, some case: it broke\n" in err
+
+
+def test_ctrl_c_while_compiling_ahead_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_ahead, "run", interrupt)
+    assert bench(*TINY, "--seqlen", "16", "--compile-processes", "1") == command.EXIT_INTERRUPTED
+    assert "Interrupted; 0 of 4 cases" in capsys.readouterr().err
 
 
 def test_the_file_grows_with_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +212,11 @@ def test_a_filter_that_selects_nothing_is_refused_before_measuring() -> None:
         ["--budget-s", "-1"],
         ["--budget-s", "inf"],
         ["--device", "tpu"],
+        ["--options", "plain,softcap"],
+        ["--options", ","],
+        ["--peers", "flash"],
+        ["--compile-processes", "-1"],
+        ["--commit", "HEAD"],
     ],
 )
 def test_arguments_are_checked_by_the_parser(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

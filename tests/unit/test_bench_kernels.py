@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flashtile.bench import environment, kernels, timing
 from flashtile.bench.baselines import FLASHTILE, NAIVE, PEERS, SDPA, AttentionFn, Peer
-from flashtile.bench.cases import DIRECTIONS, BenchCase, Direction
+from flashtile.bench.cases import DIRECTIONS, OPTIONS, BenchCase, Direction, Option
 from flashtile.bench.results import KernelResults, KernelRow
+from flashtile.bench.tensors import CaseTensors
 from flashtile.bench.timing import CpuClock
 
 CPU = torch.device("cpu")
@@ -29,6 +30,7 @@ CASE = BenchCase(
     heads_kv=2,
 )
 ON_CPU = [peer for peer in PEERS if peer.unavailable_reason(CASE, CPU) is None]
+UNUSABLE = "has NaN or infinite values"
 NAIVE_PEER = next(peer for peer in PEERS if peer.name == NAIVE)
 
 
@@ -47,8 +49,8 @@ def fake(name: str, attend: AttentionFn | None = None, prepare: Callable[[], Att
     """A peer made of one function; by default it does what torch does, so that its result is right."""
     sdpa = next(peer for peer in PEERS if peer.name == SDPA)
 
-    def default(case: BenchCase, device: torch.device) -> AttentionFn:
-        return prepare() if prepare else attend or sdpa.prepare(case, device)
+    def default(tensors: CaseTensors) -> AttentionFn:
+        return prepare() if prepare else attend or sdpa.prepare(tensors)
 
     return Peer(name=name, prepare=default)
 
@@ -120,7 +122,7 @@ def test_everyone_gets_the_same_tensors() -> None:
 
     run([fake("a", attend), fake("b", attend)], CASE)
     assert len(set(seen)) == 1
-    tensors = kernels.CaseTensors.random(CASE, CPU)
+    tensors = CaseTensors.random(CASE, CPU)
     assert tensors.q.shape == (1, 32, 2, 16) and not tensors.q.requires_grad
     assert tensors.q.std() > 0.5 and not torch.equal(tensors.q, tensors.k)
 
@@ -187,23 +189,69 @@ def test_a_wrong_result_is_not_timed(value: float) -> None:
     results = run([*ON_CPU, fake("wrong", lambda q, _k, _v: torch.full_like(q, value))], CASE)
     row = only(results, "wrong")
     assert (row.status, row.timing) == ("wrong_result", None)
-    assert "differs from naive" in (row.reason or "")
+    assert row.reason == ("differs from flashtile by 1 of the largest magnitude" if value == 0 else UNUSABLE)
+    assert row.difference == (1.0 if value == 0 else None)
+
+
+def test_a_result_that_is_not_finite_judges_nobody() -> None:
+    broken = Peer(name=FLASHTILE, prepare=lambda _: lambda q, _k, _v: torch.full_like(q, math.nan))
+    results = run([broken, NAIVE_PEER, fake("right")], CASE)
+    assert [(row.peer, row.status, row.reason) for row in results.rows] == [
+        (FLASHTILE, "wrong_result", UNUSABLE),
+        (NAIVE, "ok", None),
+        ("right", "ok", None),
+    ]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_option_is_measured_and_agreed_on(option: Option, direction: Direction) -> None:
+    results = run(ON_CPU, replace(CASE, option=option, direction=direction))
+    assert [(row.status, row.reason) for row in results.rows] == [("ok", None)] * 3
+    assert all(row.difference is not None and row.difference < 1e-5 for row in results.rows)
+
+
+def test_who_takes_no_option_has_a_row_that_says_so() -> None:
+    picky = Peer(name="picky", prepare=NAIVE_PEER.prepare, options=("plain",))
+    results = run([picky], CASE, replace(CASE, option="bias"))
+    assert [(row.status, row.reason) for row in results.rows] == [
+        ("ok", None),
+        ("unavailable", "takes no bias as it is called here"),
+    ]
+    assert results.missing_peers == {}
+
+
+def test_the_greedy_come_last_and_flashtile_first() -> None:
+    called: list[str] = []
+
+    def watched(name: str, scratch_bytes: int) -> Peer:
+        def prepare(tensors: CaseTensors) -> AttentionFn:
+            called.append(name)
+            return NAIVE_PEER.prepare(tensors)
+
+        return Peer(name=name, prepare=prepare, scratch_bytes=lambda _: scratch_bytes)
+
+    results = run([watched("b", 2), watched("c", 3), watched(FLASHTILE, 4), watched("a", 1)], CASE)
+    assert called == [FLASHTILE, "a", "b", "c"]
+    assert [row.peer for row in results.rows] == ["b", "c", FLASHTILE, "a"]
 
 
 def test_a_wrong_gradient_is_not_timed() -> None:
+    formula = NAIVE_PEER.prepare(CaseTensors.random(CASE, CPU))
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = NAIVE_PEER.prepare(CASE, CPU)(q, k, v)
+        out = formula(q, k, v)
         return out.detach() + (q - q.detach())
 
-    results = run([NAIVE_PEER, fake("wrong", attend)], replace(CASE, direction="backward"))
+    results = run([*ON_CPU, fake("wrong", attend)], replace(CASE, direction="backward"))
     row = only(results, "wrong")
     assert row.status == "refused", "k and v have no gradient at all"
     half_right = fake("half", lambda q, k, v: attend(q, k, v) + 0 * (k + v))
-    assert only(run([NAIVE_PEER, half_right], replace(CASE, direction="backward")), "half").status == "wrong_result"
+    assert only(run([*ON_CPU, half_right], replace(CASE, direction="backward")), "half").status == "wrong_result"
 
 
 def test_who_takes_no_case_at_all_is_listed_once_and_has_no_rows() -> None:
-    absent = Peer(name="absent", prepare=lambda _case, _device: fail(AssertionError()), needs_gpu=True)
+    absent = Peer(name="absent", prepare=lambda _: fail(AssertionError()), needs_gpu=True)
     picky = Peer(name="picky", prepare=NAIVE_PEER.prepare, dtypes=("float32",))
     results = run([absent, picky], CASE, replace(CASE, dtype="bfloat16"))
     assert results.missing_peers == {"absent": "needs a GPU"}
@@ -214,8 +262,8 @@ def test_who_takes_no_case_at_all_is_listed_once_and_has_no_rows() -> None:
 
 
 def test_rows_of_finished_cases_come_out_before_an_interrupt() -> None:
-    def prepare(case: BenchCase, device: torch.device) -> AttentionFn:
-        return fail(KeyboardInterrupt()) if case.seqlen == 33 else NAIVE_PEER.prepare(case, device)
+    def prepare(tensors: CaseTensors) -> AttentionFn:
+        return fail(KeyboardInterrupt()) if tensors.case.seqlen == 33 else NAIVE_PEER.prepare(tensors)
 
     cases = [CASE, replace(CASE, seqlen=33), replace(CASE, seqlen=34)]
     peers = [Peer(name="x", prepare=prepare)]

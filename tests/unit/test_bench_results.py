@@ -139,6 +139,7 @@ def put(value: Any, *place: str | int) -> str:
         (put(1.5, "rows", 0, "timing", "rounds"), "rounds = 1.5; wanted a int"),
         (put("great", "rows", 0, "status"), "status = 'great'; wanted one of ok, unavailable"),
         (put("sideways", "rows", 1, "case", "direction"), "direction = 'sideways'"),
+        (put("softcap", "rows", 1, "case", "option"), "option = 'softcap'; wanted one of plain, bias"),
         (put(1, "rows", 1, "case", "is_causal"), "is_causal = 1"),
         (put(None, "rows", 0, "timing"), "a timing exactly if ok"),
         (put("ok", "rows", 1, "status"), "a timing exactly if ok"),
@@ -171,6 +172,21 @@ def test_a_whole_number_is_read_as_a_float(tmp_path: Path) -> None:
     assert tflops == 2.0 and isinstance(tflops, float)
 
 
+def test_a_file_of_before_the_options_is_read_as_plain_calls(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(edit(lambda document: [row["case"].pop("option") for row in document["rows"]]), encoding="utf-8")
+    assert results.load(path) == RESULTS
+    stored = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("cpu_*.json"))
+    assert stored and all({row.case.option for row in results.load(path).rows} == {"plain"} for path in stored)
+
+
+def test_the_option_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    found = replace(RESULTS, rows=(replace(ROW, case=replace(CASE, option="alibi")),))
+    results.save(path, found)
+    assert results.load(path) == found
+
+
 def test_the_error_survives_pickling() -> None:
     error = InvalidResults("a.json", got="x", wanted="y", remedy="z")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
@@ -195,6 +211,13 @@ def test_environment_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", no_git)
     found = environment.describe(torch.device("cpu"))
     assert (found.commit, found.commit_is_dirty) == (None, False)
+
+
+def test_a_commit_that_git_does_not_know_is_taken_from_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_git", lambda *_: None)
+    assert environment.describe(torch.device("cpu"), commit="a" * 40).commit == "a" * 40
+    monkeypatch.setattr(environment, "_git", lambda *_: "b" * 40)
+    assert environment.describe(torch.device("cpu"), commit="a" * 40).commit == "b" * 40
 
 
 def test_a_package_installed_inside_another_checkout_has_no_commit(
@@ -230,6 +253,15 @@ def test_available_memory_is_the_least_that_anyone_grants(monkeypatch: pytest.Mo
     assert environment.available_host_bytes() == 8192
     files.clear()
     assert environment.available_host_bytes() is None
+
+
+def test_available_memory_of_a_gpu_counts_what_torch_keeps_for_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 200)
+    assert environment.available_bytes(torch.device("cuda")) == 1300
+    monkeypatch.setattr(environment, "available_host_bytes", lambda: 7)
+    assert environment.available_bytes(torch.device("cpu")) == 7
 
 
 def test_devices_are_found_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

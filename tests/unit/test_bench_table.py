@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from flashtile.bench import table
+from flashtile.bench import summary, table
 from flashtile.bench.cases import BenchCase
 from flashtile.bench.environment import Environment
 from flashtile.bench.results import Ceilings, KernelResults, KernelRow
@@ -113,10 +113,44 @@ def test_gaps_have_their_reasons_each_once() -> None:
     assert "naive: out of memory: 16 GiB" in text
 
 
+def test_options_have_a_table_of_their_own_and_are_explained() -> None:
+    window, bias = replace(CASE, option="window"), replace(CASE, option="bias")
+    text = printed(results(*rows(1.0, 1.0, 1.0), *rows(1.0, 1.0, 1.0, window), *rows(1.0, 1.0, 1.0, bias)))
+    titles = [line.strip() for line in text.splitlines() if line.startswith("forward, ")]
+    assert titles == ["forward, float32", "forward, float32, with options"]
+    cells = [line.split()[:3] for line in text.splitlines() if line.strip().startswith("4096 ")]
+    assert [cell[2] for cell in cells] == ["naive", "window", "bias"], "a plain call has no third word"
+    assert "bias: an additive bias [1, heads_q, seqlen, seqlen]" in text and "window: a sliding window" in text
+    assert "ALiBi" not in text
+
+
+def test_who_does_not_take_an_option_has_a_dash_and_a_reason() -> None:
+    bias = replace(CASE, option="bias")
+    gap = KernelRow(case=bias, peer="sdpa-flash", status="unavailable", reason="takes no bias")
+    text = printed(results(*rows(1.0, 1.0, 1.0, bias), gap))
+    (line,) = [line for line in text.splitlines() if "sdpa-flash " in line and "│" not in line and "takes" not in line]
+    assert line.split()[-2:] == ["sdpa-flash", "-"]
+    assert f"sdpa-flash: takes no bias ({bias.label})" in text
+
+
+def test_flex_is_compared_with_where_it_is_there() -> None:
+    flex = row("flex", 8.0, naive_ms=40.0, sdpa_ms=12.0)
+    found = results(*rows(10.0, 40.0, 12.0), flex)
+    text = printed(found)
+    assert "x flex" in text and "x flex" not in printed(results(*rows(10.0, 40.0, 12.0)))
+    (ours,) = [line for line in text.splitlines() if "flashtile" in line and "MiB" in line]
+    assert ours.split()[-3:] == ["4.00", "1.20", "0.80"]
+    assert summary.findings(found)[-3:] == [
+        f"Worst against flex: 0.80x its speed ({CASE.label}).",
+        "flashtile is slower in 1 of 3 comparisons with sdpa, naive and flex, by more than 5% in 1:",
+        f"  0.800x the speed of flex: {CASE.label}, by cpu/tiled",
+    ]
+
+
 def test_summary_has_the_worst_ratios() -> None:
     short = replace(CASE, seqlen=1024)
     long = replace(CASE, seqlen=16384)
-    lines = table.summary(
+    lines = summary.findings(
         results(*rows(10.0, 40.0, 12.0), *rows(10.0, 15.0, 11.0, short), *rows(10.0, 12.0, 13.0, long))
     )
     assert lines == [
@@ -128,15 +162,15 @@ def test_summary_has_the_worst_ratios() -> None:
 
 def test_summary_takes_the_longest_causal_length_where_4096_is_missing() -> None:
     cases = [replace(CASE, seqlen=seqlen, is_causal=seqlen < 900) for seqlen in (512, 768, 1024)]
-    lines = table.summary(results(*(one for case in cases for one in rows(1.0, case.seqlen, 1.0, case))))
+    lines = summary.findings(results(*(one for case in cases for one in rows(1.0, case.seqlen, 1.0, case))))
     assert lines[1] == f"Worst against naive at 768 tokens, causal: 768.00x its speed ({cases[1].label})."
 
 
 def test_summary_lists_every_case_where_flashtile_is_slower() -> None:
     near, far = replace(CASE, seqlen=1024), replace(CASE, seqlen=512)
-    lines = table.summary(results(*rows(10.0, 99.0, 10.0), *rows(10.0, 99.0, 9.9, near), *rows(10.0, 9.0, 8.0, far)))[
-        -4:
-    ]
+    lines = summary.findings(
+        results(*rows(10.0, 99.0, 10.0), *rows(10.0, 99.0, 9.9, near), *rows(10.0, 9.0, 8.0, far))
+    )[-4:]
     assert lines[0] == "flashtile is slower in 3 of 6 comparisons with sdpa and naive, by more than 5% in 2:"
     assert lines[1] == f"  0.800x the speed of sdpa: {far.label}, by cpu/tiled"
     assert lines[2] == f"  0.900x the speed of naive: {far.label}, by cpu/tiled"
@@ -144,10 +178,12 @@ def test_summary_lists_every_case_where_flashtile_is_slower() -> None:
 
 
 def test_summary_of_nothing_claims_nothing() -> None:
-    assert table.summary(results()) == []
-    assert table.summary(results(is_complete=False)) == ["The run was interrupted: only the finished cases are here."]
+    assert summary.findings(results()) == []
+    assert summary.findings(results(is_complete=False)) == [
+        "The run was interrupted: only the finished cases are here."
+    ]
     only_naive = rows(1.0, 1.0, 1.0)[1]
-    assert table.summary(results(only_naive)) == []
+    assert summary.findings(results(only_naive)) == []
 
 
 @pytest.mark.parametrize(
@@ -155,4 +191,4 @@ def test_summary_of_nothing_claims_nothing() -> None:
     [(12345.6, "12,346"), (123.456, "123"), (12.345, "12.3"), (1.2345, "1.23"), (0.012345, "0.0123"), (0, "0.00000")],
 )
 def test_three_significant_digits(value: float, text: str) -> None:
-    assert table.three_digits(value) == text
+    assert summary.three_digits(value) == text

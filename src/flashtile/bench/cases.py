@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,17 @@ from flashtile.spec.problem import AttentionProblem
 
 Direction = Literal["forward", "backward", "forward+backward"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+Option = Literal["plain", "bias", "mask", "alibi", "window"]
+OPTIONS: dict[Option, str] = {
+    "plain": "q, k and v alone",
+    "bias": "an additive bias [1, heads_q, seqlen, seqlen] in the case's dtype, the same for the whole batch; "
+    "its gradient is not asked for",
+    "mask": "a boolean mask [1, 1, seqlen, seqlen], the same for the whole batch and every head: the diagonal and "
+    "half of the other pairs, at random",
+    "alibi": "ALiBi slopes [heads_q], a geometric series as its paper has it",
+    "window": "a sliding window that reaches seqlen // 4 keys to either side, to the left only if causal",
+}
+"""What a call carries beside q, k and v. The bias and the mask are broadcast over the batch because a model's are."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -31,19 +42,36 @@ class BenchCase:
     batch: int
     heads_q: int
     heads_kv: int
+    option: Option = "plain"
 
     @property
     def label(self) -> str:
-        """The case in words that ``Filter`` matches, for example
-        ``backward float32 head_dim=64 seqlen=1024 causal batch=1 heads_q=8 heads_kv=8``."""
+        """The case in words that ``filtered`` matches, for example
+        ``backward float32 head_dim=64 seqlen=1024 causal plain batch=1 heads_q=8 heads_kv=8``."""
         return (
             f"{self.direction} {self.dtype} head_dim={self.head_dim} seqlen={self.seqlen} {self.mask_name} "
-            f"batch={self.batch} heads_q={self.heads_q} heads_kv={self.heads_kv}"
+            f"{self.option} batch={self.batch} heads_q={self.heads_q} heads_kv={self.heads_kv}"
         )
 
     @property
     def mask_name(self) -> str:
         return "causal" if self.is_causal else "full"
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """(left, right) as ``flashtile.attention`` takes it; None unless the option is ``window``."""
+        if self.option != "window":
+            return None
+        reach = self.seqlen // 4
+        return reach, 0 if self.is_causal else reach
+
+    @property
+    def bias_shape(self) -> tuple[int, ...] | None:
+        return (1, self.heads_q, self.seqlen, self.seqlen) if self.option == "bias" else None
+
+    @property
+    def mask_shape(self) -> tuple[int, ...] | None:
+        return (1, 1, self.seqlen, self.seqlen) if self.option == "mask" else None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -60,12 +88,17 @@ class BenchCase:
             head_dim=self.head_dim,
             dtype=self.torch_dtype,
             causal=self.is_causal,
+            window=self.window,
+            bias_shape=self.bias_shape,
+            mask_shape=self.mask_shape,
+            has_alibi=self.option == "alibi",
             gradients=() if self.direction == "forward" else ("q", "k", "v"),
         )
 
     @property
     def flops(self) -> int:
-        """Useful operations: visible pairs only, and those of the algorithm, whatever a peer computes."""
+        """Useful operations: those of the algorithm on the pairs that causality and window leave visible, whatever a
+        peer computes. Pairs that a boolean mask hides count, because at random they leave no tile to skip."""
         parts: tuple[accounting.Direction, ...] = (
             ("forward", "backward") if self.direction == "forward+backward" else (self.direction,)
         )
@@ -80,6 +113,7 @@ class Grid:
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]
     seqlens: tuple[int, ...]
+    options: tuple[Option, ...] = ("plain",)
     heads_per_kv: tuple[int, ...] = (1,)
     """Query heads that share a key/value head; 1 is ordinary multi-head attention."""
     hidden_size: int
@@ -88,17 +122,14 @@ class Grid:
     """The batch is tokens / seqlen, at least 1, so that every length costs about the same memory."""
 
     def cases(self) -> tuple[BenchCase, ...]:
-        """The cases, slowest axis first: direction, dtype, heads per kv, head_dim, mask, seqlen."""
+        """The cases, slowest axis first: direction, dtype, heads per kv, head_dim, option, mask, seqlen."""
         axes = itertools.product(
-            self.directions, self.dtypes, self.heads_per_kv, self.head_dims, (False, True), self.seqlens
+            self.directions, self.dtypes, self.heads_per_kv, self.head_dims, self.options, (False, True), self.seqlens
         )
-        return tuple(
-            self._case(direction, dtype, group, head_dim, is_causal, seqlen)
-            for direction, dtype, group, head_dim, is_causal, seqlen in axes
-        )
+        return tuple(self._case(*point) for point in axes)
 
     def _case(
-        self, direction: Direction, dtype: str, group: int, head_dim: int, is_causal: bool, seqlen: int
+        self, direction: Direction, dtype: str, group: int, head_dim: int, option: Option, is_causal: bool, seqlen: int
     ) -> BenchCase:
         heads_kv = max(1, self.hidden_size // (head_dim * group))
         return BenchCase(
@@ -110,6 +141,7 @@ class Grid:
             batch=max(1, self.tokens // seqlen),
             heads_q=heads_kv * group,
             heads_kv=heads_kv,
+            option=option,
         )
 
 
@@ -121,37 +153,44 @@ CPU_GRID = Grid(
     hidden_size=512,
     tokens=1,
 )
-CPU_QUICK_GRID = Grid(
-    directions=("forward", "backward"),
-    dtypes=("float32", "bfloat16"),
-    head_dims=(64,),
-    seqlens=(1024,),
-    hidden_size=512,
-    tokens=1,
-)
+CPU_QUICK_GRID = replace(CPU_GRID, head_dims=(64,), seqlens=(1024,))
 CUDA_GRID = Grid(
     directions=("forward", "backward"),
     dtypes=("bfloat16",),
     head_dims=(64, 128, 256),
-    seqlens=(512, 1024, 2048, 4096, 8192, 16384),
+    seqlens=(1024, 4096, 16384),
     hidden_size=2048,
     tokens=16384,
 )
-CUDA_QUICK_GRID = Grid(
-    directions=("forward", "backward"),
-    dtypes=("bfloat16",),
-    head_dims=(128,),
-    seqlens=(1024, 4096),
-    hidden_size=2048,
-    tokens=16384,
-)
+CUDA_QUICK_GRID = replace(CUDA_GRID, head_dims=(128,), seqlens=(1024, 4096))
+_GRIDS = {
+    ("cpu", False): CPU_GRID,
+    ("cpu", True): CPU_QUICK_GRID,
+    ("cuda", False): CUDA_GRID,
+    ("cuda", True): CUDA_QUICK_GRID,
+}
+_SIZES_OF_OPTIONS = {
+    "cpu": {"head_dims": (64,), "seqlens": (1024,)},
+    "cuda": {"head_dims": (128,), "seqlens": (4096,)},
+}
+"""One size each: what an option adds to a call differs less between sizes than between options."""
 
 
-def default_grid(device_type: str, *, is_quick: bool) -> Grid:
-    """The grid for a device type, ``cpu`` or ``cuda``."""
-    if device_type == "cuda":
-        return CUDA_QUICK_GRID if is_quick else CUDA_GRID
-    return CPU_QUICK_GRID if is_quick else CPU_GRID
+def default_grids(device_type: str, *, is_quick: bool, options: Sequence[Option] | None = None) -> tuple[Grid, ...]:
+    """The grids for a device type: the plain calls, then the calls that carry something more.
+
+    Args:
+        device_type: ``cpu`` or ``cuda``.
+        is_quick: fewer sizes.
+        options: what the calls carry; None: every option on a GPU unless ``is_quick``, else plain calls only.
+    """
+    if options is None:
+        options = tuple(OPTIONS) if device_type == "cuda" and not is_quick else ("plain",)
+    whole = _GRIDS[device_type, is_quick]
+    grids = [whole] if "plain" in options else []
+    if carried := tuple(option for option in OPTIONS if option in options and option != "plain"):
+        grids.append(replace(whole, options=carried, **_SIZES_OF_OPTIONS[device_type]))
+    return tuple(grids)
 
 
 def filtered(cases: Sequence[BenchCase], expression: str) -> tuple[BenchCase, ...]:
@@ -179,8 +218,8 @@ def filtered(cases: Sequence[BenchCase], expression: str) -> tuple[BenchCase, ..
                 "--filter",
                 got=f"{' '.join(term)!r} in {expression!r}",
                 wanted="words joined by 'and', each optionally after 'not', out of: " + ", ".join(sorted(known)),
-                remedy="for example --filter 'causal and not float32'; --head-dim, --seqlen, --dtype and --direction "
-                "change what is in the grid",
+                remedy="for example --filter 'causal and not float32'; --head-dim, --seqlen, --dtype, --direction and "
+                "--options change what is in the grid",
             )
         selected = [case for case in selected if (words[0] in case.label.split()) == is_wanted]
     if not selected:

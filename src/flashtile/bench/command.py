@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from flashtile.bench import baselines, environment, kernels, results
-from flashtile.bench.cases import DIRECTIONS, DTYPES, BenchCase, default_grid, filtered
+from flashtile.bench import baselines, compile_ahead, environment, kernels, results
+from flashtile.bench.baselines import Peer
+from flashtile.bench.cases import DIRECTIONS, DTYPES, OPTIONS, BenchCase, default_grids, filtered
 from flashtile.bench.results import KernelResults
 from flashtile.bench.timing import clock_for
 from flashtile.errors import InvalidArgument, MissingExtra
@@ -23,7 +25,7 @@ from flashtile.errors import InvalidArgument, MissingExtra
 EXIT_INTERRUPTED = 130
 """What shells report for a program ended by Ctrl-C."""
 
-_DEFAULT_BUDGET_S = {"cpu": 5.0, "cuda": 2.0}
+_DEFAULT_BUDGET_S = {"cpu": 5.0, "cuda": 1.0}
 _QUICK_BUDGET_S = 1.0
 _MIN_ROUNDS, _QUICK_MIN_ROUNDS = 5, 3
 
@@ -40,22 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Times one attention call beside every peer that is installed: interleaved rounds, medians with "
         "spread, peak memory, and the device's own ceilings measured in the same run. Without further options: a grid "
         "that suits the device. Ctrl-C keeps the finished cases.",
+        epilog="What --options may name: " + "; ".join(f"{name}: {what}" for name, what in OPTIONS.items()) + ".",
     )
+    _add_grid_arguments(parser)
+    names = tuple(peer.name for peer in baselines.PEERS)
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument("--dtype", nargs="+", type=_dtype, metavar="DTYPE", help="bfloat16 or bf16, and so on")
-    parser.add_argument("--head-dim", nargs="+", type=_positive_int, metavar="N")
-    parser.add_argument("--seqlen", nargs="+", type=_positive_int, metavar="N", help="tokens in each sequence")
-    parser.add_argument(
-        "--heads-per-kv", nargs="+", type=_positive_int, metavar="N", help="query heads that share a key/value head"
-    )
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, metavar="DIRECTION", help=", ".join(DIRECTIONS))
-    parser.add_argument("--quick", action="store_true", help="a small grid with little time for each case")
-    parser.add_argument(
-        "--filter",
-        metavar="WORDS",
-        help="keep the cases whose label has all these words, for example 'causal and head_dim=64 and not backward'",
+        "--peers",
+        nargs="+",
+        type=_some_of("a peer", names),
+        metavar="PEER",
+        help=f"whom to measure, out of {', '.join(names)} (default: all that are here)",
     )
     parser.add_argument(
         "--budget-s",
@@ -66,12 +62,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{_QUICK_BUDGET_S:g} with --quick)",
     )
     parser.add_argument(
+        "--compile-processes",
+        type=_count,
+        metavar="N",
+        help="processes that fill the compilers' disk caches before the measurement, 0 for none (default: by the "
+        "number of cases and cores on a GPU, none on a CPU)",
+    )
+    parser.add_argument(
+        "--commit",
+        type=_commit,
+        metavar="SHA",
+        help="what to record as the commit where the package lies in no git checkout; elsewhere git is believed",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help="results file, rewritten after every case (default: out/bench_kernels_DEVICE.json; with --json, none)",
     )
     parser.add_argument("--json", action="store_true", help="print the results file instead of tables")
+
+
+def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--dtype", nargs="+", type=_dtype, metavar="DTYPE", help="bfloat16 or bf16, and so on")
+    parser.add_argument("--head-dim", nargs="+", type=_positive_int, metavar="N")
+    parser.add_argument("--seqlen", nargs="+", type=_positive_int, metavar="N", help="tokens in each sequence")
+    parser.add_argument(
+        "--heads-per-kv", nargs="+", type=_positive_int, metavar="N", help="query heads that share a key/value head"
+    )
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, metavar="DIRECTION", help=", ".join(DIRECTIONS))
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        type=_some_of("an option", tuple(OPTIONS)),
+        metavar="OPTION",
+        help=f"what the calls carry: {', '.join(OPTIONS)}, with commas or spaces between them (default: all on a GPU, "
+        "plain on a CPU and with --quick)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a small grid with little time for each case")
+    parser.add_argument(
+        "--filter",
+        metavar="WORDS",
+        help="keep the cases whose label has all these words, for example 'causal and head_dim=64 and not backward'",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
     finished: list[KernelResults] = []
     try:
+        _compile_ahead(args, cases, device)
         with _progress(len(cases), is_drawn=has_rich and sys.stderr.isatty()) as report:
             for found in _measured(args, cases, device, report):
                 finished[:] = [found]
@@ -112,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cases(args: argparse.Namespace, device_type: str) -> tuple[BenchCase, ...]:
-    grid = default_grid(device_type, is_quick=args.quick)
+    options = [option for group in args.options for option in group] if args.options else None
     asked = {
         "directions": args.direction,
         "dtypes": args.dtype,
@@ -120,8 +157,15 @@ def _cases(args: argparse.Namespace, device_type: str) -> tuple[BenchCase, ...]:
         "seqlens": args.seqlen,
         "heads_per_kv": args.heads_per_kv,
     }
-    cases = replace(grid, **{axis: tuple(values) for axis, values in asked.items() if values}).cases()
+    axes = {axis: tuple(values) for axis, values in asked.items() if values}
+    grids = default_grids(device_type, is_quick=args.quick, options=options)
+    cases = tuple(case for grid in grids for case in replace(grid, **axes).cases())
     return filtered(cases, args.filter) if args.filter is not None else cases
+
+
+def _peers(args: argparse.Namespace) -> tuple[Peer, ...]:
+    wanted = {name for group in args.peers for name in group} if args.peers else None
+    return tuple(peer for peer in baselines.PEERS if wanted is None or peer.name in wanted)
 
 
 def _measured(
@@ -129,9 +173,21 @@ def _measured(
 ) -> Iterator[KernelResults]:
     budget_s = args.budget_s or (_QUICK_BUDGET_S if args.quick else _DEFAULT_BUDGET_S[device.type])
     min_rounds = _QUICK_MIN_ROUNDS if args.quick else _MIN_ROUNDS
+    peers = _peers(args)
     clock = clock_for(device)
-    empty = kernels.start(cases, baselines.PEERS, device, clock, budget_s=budget_s)
-    return kernels.run(empty, cases, baselines.PEERS, device, clock, min_rounds=min_rounds, on_progress=report)
+    empty = kernels.start(cases, peers, device, clock, budget_s=budget_s, commit=args.commit)
+    return kernels.run(empty, cases, peers, device, clock, min_rounds=min_rounds, on_progress=report)
+
+
+def _compile_ahead(args: argparse.Namespace, cases: Sequence[BenchCase], device: torch.device) -> None:
+    jobs = compile_ahead.jobs(cases, _peers(args), device)
+    num_processes = args.compile_processes
+    if num_processes is None:
+        num_processes = compile_ahead.default_num_processes(len(jobs)) if device.type == "cuda" else 0
+    if num_processes and jobs:
+        print(f"Compiling ahead: {len(jobs)} first calls in {num_processes} processes", file=sys.stderr, flush=True)
+        for failure in compile_ahead.run(jobs, num_processes):
+            print(f"  {failure}", file=sys.stderr)
 
 
 def _check_writable(out: Path) -> None:
@@ -212,6 +268,34 @@ def _dtype(text: str) -> str:
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*DTYPES, *short])}")
     return name
+
+
+def _some_of(what: str, known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A type for names with commas between them."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.strip(",").split(","))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not {what}; they are {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _commit(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{40}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no commit; wanted the 40 hexadecimal digits of git rev-parse HEAD"
+        )
+    return text
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 def _positive_int(text: str) -> int:

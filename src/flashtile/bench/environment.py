@@ -30,7 +30,7 @@ class Environment:
     versions: dict[str, str]
     """python, torch, flashtile, and of triton, CUDA, cuDNN and the peers those that are there."""
     commit: str | None
-    """Of the checkout that flashtile was imported from; None outside of one."""
+    """Of the checkout that flashtile was imported from; outside of one what the caller said, or None."""
     commit_is_dirty: bool
     """Whether the package has changes on top of the commit."""
 
@@ -51,18 +51,26 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def describe(device: torch.device) -> Environment:
-    """The environment of this process and a device."""
-    commit, is_dirty = _commit()
+def describe(device: torch.device, *, commit: str | None = None) -> Environment:
+    """The environment of this process and a device; ``commit`` is believed where git knows none."""
+    found, is_dirty = _commit()
     return Environment(
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         num_threads=torch.get_num_threads(),
         platform=f"{platform.system()} {platform.machine()}",
         versions=_versions(),
-        commit=commit,
+        commit=found or commit,
         commit_is_dirty=is_dirty,
     )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken on a device, what torch keeps for reuse included; None if unknown."""
+    if device.type != "cuda":
+        return available_host_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def available_host_bytes() -> int | None:

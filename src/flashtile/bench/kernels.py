@@ -18,6 +18,7 @@ from flashtile.bench import environment, timing
 from flashtile.bench.baselines import FLASHTILE, NAIVE, SDPA, AttentionFn, Peer
 from flashtile.bench.cases import BenchCase, Direction
 from flashtile.bench.results import Ceilings, KernelResults, KernelRow
+from flashtile.bench.tensors import CaseTensors
 from flashtile.bench.timing import Candidate, Clock, Failure, Timing
 from flashtile.spec import devices, units
 from flashtile.testing.memory import peak_extra_bytes
@@ -27,39 +28,26 @@ _TOLERATED_DIFFERENCE = {"float16": 0.05, "bfloat16": 0.05, "float32": 0.005, "f
 _MAX_REASON = 500
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaseTensors:
-    """The tensors of one case; random, the same for every peer."""
-
-    q: Tensor  # [batch, seqlen, heads_q, head_dim]
-    k: Tensor  # [batch, seqlen, heads_kv, head_dim]
-    v: Tensor  # [batch, seqlen, heads_kv, head_dim]
-    d_out: Tensor  # [batch, seqlen, heads_q, head_dim]
-
-    @classmethod
-    def random(cls, case: BenchCase, device: torch.device) -> CaseTensors:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(heads: int) -> Tensor:
-            shape = (case.batch, case.seqlen, heads, case.head_dim)
-            return torch.randn(shape, generator=generator, device=device).to(case.torch_dtype)
-
-        needs_grad = case.direction != "forward"
-        q, k, v = (draw(heads).requires_grad_(needs_grad) for heads in (case.heads_q, case.heads_kv, case.heads_kv))
-        return cls(q=q, k=k, v=v, d_out=draw(case.heads_q))
-
-
 def start(
-    cases: Sequence[BenchCase], peers: Sequence[Peer], device: torch.device, clock: Clock, *, budget_s: float
+    cases: Sequence[BenchCase],
+    peers: Sequence[Peer],
+    device: torch.device,
+    clock: Clock,
+    *,
+    budget_s: float,
+    commit: str | None = None,
 ) -> KernelResults:
-    """The results before the first case: environment, ceilings, and who is missing altogether."""
+    """The results before the first case: environment, ceilings, and who is missing altogether.
+
+    ``commit`` is what to record where the package lies outside of its checkout.
+    """
     missing: dict[str, str] = {}
     for peer in peers:
         reasons = {peer.unavailable_reason(case, device) for case in cases}
         if len(reasons) == 1 and (reason := reasons.pop()) is not None:
             missing[peer.name] = reason
     return KernelResults(
-        environment=environment.describe(device),
+        environment=environment.describe(device, commit=commit),
         created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         budget_s=budget_s,
         ceilings=Ceilings(
@@ -158,8 +146,9 @@ def _try_all(
         }
         return rows, candidates, first_calls
     checker = _Checker()
-    for peer in sorted(peers, key=lambda peer: peer.name != NAIVE):  # the others are checked against the formula
-        outcome = _try(peer, case, tensors, checker)
+    # flashtile first, because the others are checked against it; then those that leave most memory to the next
+    for peer in sorted(peers, key=lambda peer: (peer.name != FLASHTILE, peer.scratch_bytes(case))):
+        outcome = _try(peer, tensors, checker)
         if isinstance(outcome, KernelRow):
             rows[peer.name] = outcome
             timing.release_memory()
@@ -168,38 +157,35 @@ def _try_all(
     return rows, candidates, first_calls
 
 
-def _try(
-    peer: Peer, case: BenchCase, tensors: CaseTensors, checker: _Checker
-) -> KernelRow | tuple[Candidate, _FirstCall]:
+def _try(peer: Peer, tensors: CaseTensors, checker: _Checker) -> KernelRow | tuple[Candidate, _FirstCall]:
     """What the peer refuses, what memory it takes, and whether its result is right."""
-    device = tensors.q.device
+    case, device = tensors.case, tensors.device
     row = partial(KernelRow, case=case, peer=peer.name)
     if (reason := peer.unavailable_reason(case, device)) is not None:
         return row(status="unavailable", reason=reason)
-    if device.type == "cpu" and (reason := _lack_of_memory(peer, case)) is not None:
+    if (reason := _lack_of_memory(peer, case, device)) is not None:
         return row(status="out_of_memory", reason=reason)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             with peer.scope():
-                attend = peer.prepare(case, device)
-                candidate = Candidate(run=_runner(attend, case.direction, tensors), scope=peer.scope)
+                attend = peer.prepare(tensors)
+                candidate = Candidate(run=runner(attend, case.direction, tensors), scope=peer.scope)
                 difference = checker.difference(peer.name, candidate.run())
                 # A backward's cost includes what the forward leaves for it.
                 whole = "forward" if case.direction == "forward" else "forward+backward"
-                peak_bytes = peak_extra_bytes(_runner(attend, whole, tensors), device)
+                peak_bytes = peak_extra_bytes(runner(attend, whole, tensors), device)
         except Exception as error:
             failure = Failure.of(error)
             explained = failure.reason
             if failure.status == "refused":  # torch says in warnings why it has no kernel
                 explained = "; ".join([failure.reason, *_reasons_in(said)])
             return row(status=failure.status, reason=explained[:_MAX_REASON])
-    if not difference <= _TOLERATED_DIFFERENCE[case.dtype]:  # NaN is wrong too
-        return row(
-            status="wrong_result",
-            reason=f"differs from {checker.reference} by {difference:.2g} of the largest magnitude",
-            difference=difference if math.isfinite(difference) else None,
-        )
+    if not math.isfinite(difference):
+        return row(status="wrong_result", reason="has NaN or infinite values")
+    if difference > _TOLERATED_DIFFERENCE[case.dtype]:
+        reason = f"differs from {checker.reference} by {difference:.2g} of the largest magnitude"
+        return row(status="wrong_result", reason=reason, difference=difference)
     return candidate, _FirstCall(peak_bytes=peak_bytes, difference=difference)
 
 
@@ -209,7 +195,7 @@ def _reasons_in(said: Sequence[warnings.WarningMessage]) -> list[str]:
     return [text for text in texts if not text.endswith(("because:", "runtime disabled."))]
 
 
-def _runner(attend: AttentionFn, direction: Direction, tensors: CaseTensors) -> Callable[[], tuple[Tensor, ...]]:
+def runner(attend: AttentionFn, direction: Direction, tensors: CaseTensors) -> Callable[[], tuple[Tensor, ...]]:
     """The call to measure. For ``backward`` the forward runs here, once, and its graph is kept."""
     q, k, v, d_out = tensors.q, tensors.k, tensors.v, tensors.d_out
     if direction == "forward":
@@ -220,29 +206,31 @@ def _runner(attend: AttentionFn, direction: Direction, tensors: CaseTensors) -> 
     return lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
 
 
-def _lack_of_memory(peer: Peer, case: BenchCase) -> str | None:
-    needed, available = peer.scratch_bytes(case), environment.available_host_bytes()
+def _lack_of_memory(peer: Peer, case: BenchCase, device: torch.device) -> str | None:
+    needed, available = peer.scratch_bytes(case), environment.available_bytes(device)
     if available is None or needed <= available:
         return None
     return f"needs at least {units.in_bytes(needed)}, {units.in_bytes(available)} are free: not tried"
 
 
 class _Checker:
-    """Compares each result with the first one that there was."""
+    """Compares each result with the first finite one that there was."""
 
     def __init__(self) -> None:
         self.reference: str | None = None
         self._expected: tuple[Tensor, ...] = ()
 
     def difference(self, name: str, result: tuple[Tensor, ...]) -> float:
-        """Largest difference over the reference's largest magnitude, the worst of all tensors; 0 for the first."""
+        """Largest difference over the reference's largest magnitude, the worst of all tensors; 0 for the reference,
+        infinite for a result that is not finite."""
+        if not all(bool(tensor.isfinite().all()) for tensor in result):
+            return math.inf
         if self.reference is None:
             self.reference, self._expected = name, tuple(tensor.detach() for tensor in result)
-        worst = 0.0
-        for got, expected in zip(result, self._expected, strict=True):
-            difference = (got.detach() - expected).abs().max() / expected.abs().max()
-            worst = max(worst, float(difference.nan_to_num(nan=math.inf)))
-        return worst
+        return max(
+            float((got.detach() - expected).abs().max() / expected.abs().max())
+            for got, expected in zip(result, self._expected, strict=True)
+        )
 
 
 def _measured_row(

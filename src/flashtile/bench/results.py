@@ -6,7 +6,7 @@ import json
 import math
 import os
 import types
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,7 +17,8 @@ from flashtile.errors import InvalidArgument
 
 SCHEMA = "flashtile.bench.kernels"
 VERSION = 1
-"""Raised whenever a field is added, removed or changes its meaning."""
+"""Raised whenever a field is removed or changes its meaning, or one is added that older files need: they are read as
+having the default of each field that they lack."""
 
 Status = Literal["ok", "unavailable", "refused", "out_of_memory", "wrong_result"]
 
@@ -54,8 +55,8 @@ class KernelRow:
     """Most memory held at one time beyond inputs. Of the direction's own call; for ``backward``, of forward and
     backward together, because what the forward leaves for the backward is its cost too."""
     difference: float | None = None
-    """Largest difference from the first peer's result that is there (naive, unless it failed), over that result's
-    largest magnitude."""
+    """Largest difference from flashtile's result, or if it failed from the first peer's that is there, over that
+    result's largest magnitude. Files of before the option axis have it from the naive formula's."""
     speedup_over_naive: float | None = None
     """Median of the naive formula over this median: above 1 is faster. None if naive has no timing."""
     speedup_over_sdpa: float | None = None
@@ -164,8 +165,9 @@ def _decode(annotation: Any, value: Any, where: str) -> Any:
 def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _Mismatch(f"{where} = {_shown(value)}", "an object")
-    expected = {field.name for field in fields(cls)}
-    for problem, names in (("without", expected - value.keys()), ("with the unknown", value.keys() - expected)):
+    known = {field.name for field in fields(cls)}
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    for problem, names in (("without", needed - value.keys()), ("with the unknown", value.keys() - known)):
         if names:
             raise _Mismatch(f"{where} {problem} {', '.join(sorted(names))}", f"the fields of {cls.__name__}")
     hints = get_type_hints(cls)

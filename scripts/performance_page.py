@@ -1,0 +1,33 @@
+"""Writes docs/performance.md from the results of ``flashtile bench kernels`` under benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashtile.bench import markdown, results
+from flashtile.bench.results import KernelResults
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def kernel_results(folder: Path) -> dict[str, KernelResults]:
+    """The kernel results in a folder by file name; other benchmarks' files are left out, damaged ones an error."""
+    documents = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {path.name: results.load(path) for path, found in documents.items() if found["schema"] == results.SCHEMA}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to read")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md", help="page to write")
+    args = parser.parse_args(argv)
+    args.out.write_text(markdown.page(kernel_results(args.results)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

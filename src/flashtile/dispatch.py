@@ -9,11 +9,12 @@ from flashtile import settings
 from flashtile.backends.base import Plan, Planner
 from flashtile.backends.cpu import plan as cpu
 from flashtile.backends.naive import plan as naive
+from flashtile.backends.triton import plan as triton
 from flashtile.errors import FallbackRefused, UnsupportedProblem, invalid
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
-BACKENDS: dict[str, Planner] = {"cpu": cpu, "naive": naive}
+BACKENDS: dict[str, Planner] = {"cpu": cpu, "triton": triton, "naive": naive}
 """Every backend, fastest first; ``auto`` takes the first that does not reject the problem."""
 
 
@@ -35,16 +36,28 @@ def choose(problem: AttentionProblem, device: DeviceSpec, backend: str = "auto")
         UnsupportedProblem: no backend takes it, or the one that was asked for by name does not.
         FallbackRefused: strict mode is on and only the naive formula takes it.
     """
-    if backend == "auto":
-        backend = settings.default_backend()
-        check_backend(backend, argument="FLASHTILE_BACKEND")
+    backend = resolved(backend)
     plan = _choose(problem, device, backend)
+    check_fallback(plan, backend)
+    return plan
+
+
+def resolved(backend: str) -> str:
+    """What ``backend`` stands for in this process: the environment may say what ``auto`` means."""
+    if backend != "auto":
+        return backend
+    backend = settings.default_backend()
+    check_backend(backend, argument="FLASHTILE_BACKEND")
+    return backend
+
+
+def check_fallback(plan: Plan, backend: str) -> None:
+    """Raises FallbackRefused if strict mode is on and ``auto`` has fallen back to the naive formula."""
     if plan.backend == "naive" and backend == "auto" and settings.is_strict():
         raise FallbackRefused(
             "FLASHTILE_STRICT=1 refuses the fallback to the naive formula. The other backends decline because:",
             dict(plan.rejected),
         )
-    return plan
 
 
 @lru_cache(maxsize=4096)

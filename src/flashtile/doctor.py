@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import platform
 import re
@@ -34,6 +35,9 @@ OTHER_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREA
 
 TOLERANCE = 1e-4
 """Largest error, relative to the largest reference value, of a float32 probe; a wrong kernel misses it by far."""
+
+_TRITON_PACKAGES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm")
+"""Under one of these names Triton is installed; all are imported as ``triton``."""
 
 Status = Literal["ok", "wrong", "error", "declines"]
 """What a probe came to; a backend declines what it does not take, and that is no failure."""
@@ -149,7 +153,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "flashtile", _version("flashtile") or "not installed as a package (running from source)"
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", str(torch.__version__) + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
-    yield "triton", _version("triton") or _version("triton-windows") or "not installed"
+    yield "triton", next(filter(None, map(_version, _TRITON_PACKAGES)), "not installed")
 
 
 def _version(package: str) -> str | None:
@@ -274,7 +278,7 @@ def _run(device: torch.device, dtype: torch.dtype, backend: str, *, has_every_op
 
 
 def _missing() -> Iterator[Missing]:
-    for check in (_missing_extras, _missing_compiler, _missing_gpu):
+    for check in (_missing_extras, _missing_compiler, _missing_gpu, _missing_triton):
         yield from _examined(check)
 
 
@@ -317,8 +321,6 @@ def _missing_compiler() -> Iterator[Missing]:
 
 def _missing_gpu() -> Iterator[Missing]:
     if torch.cuda.is_available():
-        if _version("triton") is None and _version("triton-windows") is None:
-            yield Missing(what="triton", purpose="GPU kernels and torch.compile on GPUs", remedy="pip install triton")
         return
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         yield Missing(
@@ -334,6 +336,16 @@ def _missing_gpu() -> Iterator[Missing]:
     )
 
 
+def _missing_triton() -> Iterator[Missing]:
+    """Needed where there is a GPU; on a CPU it is of use to debug its kernels only, so it is not missing there."""
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        yield Missing(
+            what="triton",
+            purpose="our kernels and torch.compile on GPUs",
+            remedy="pip install triton (on Windows: triton-windows); torch's GPU wheels for Linux bring it along",
+        )
+
+
 def _missing_backends(probes: tuple[Probe, ...]) -> Iterator[Missing]:
     """Devices on which the naive formula alone works."""
     for device in dict.fromkeys(probe.device for probe in probes):
@@ -342,7 +354,7 @@ def _missing_backends(probes: tuple[Probe, ...]) -> Iterator[Missing]:
             yield Missing(
                 what=f"a tiled backend for {device}",
                 purpose="speed and memory; the naive formula serves it meanwhile",
-                remedy="this version has none: where torch.nn.functional.scaled_dot_product_attention does, prefer it",
+                remedy="see above why no other works; where torch's scaled_dot_product_attention does, prefer it",
             )
 
 

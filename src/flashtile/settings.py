@@ -1,10 +1,11 @@
-"""Every environment variable that flashtile reads; there are three.
+"""Every environment variable that flashtile reads; three are its own.
 
 | variable | values | meaning |
 |---|---|---|
 | ``FLASHTILE_BACKEND`` | a backend's name, or ``auto`` | what ``backend="auto"`` means in this process |
 | ``FLASHTILE_STRICT`` | ``0`` or ``1`` | with ``1``, falling back to the naive formula is an error |
 | ``FLASHTILE_CHECK_VALUES`` | ``0`` or ``1`` | with ``1``, tensor values on a GPU are checked too; it synchronises |
+| ``TRITON_INTERPRET`` | ``0`` or ``1`` | Triton's own: with ``1`` its kernels are interpreted, on CPU tensors too |
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def is_strict() -> bool:
 def checks_values_on_gpu() -> bool:
     """Whether the values inside ``cu_seqlens`` on a GPU are read and checked at every call."""
     return _flag("FLASHTILE_CHECK_VALUES")
+
+
+def interprets_triton() -> bool:
+    """Whether Triton interprets kernels in Python instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _flag(name: str) -> bool:

@@ -5,6 +5,9 @@ A backend that joins the library joins these tests with one line in ``BACKENDS``
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, cast
@@ -16,7 +19,10 @@ from torch import Tensor
 import flashtile
 from flashtile import dispatch
 from flashtile.backends.base import Launcher, Plan, Saved, TileConfig
+from flashtile.backends.triton import plan as triton_plan
+from flashtile.backends.triton.tiles import KERNELS, GpuTiles
 from flashtile.spec import devices, validation
+from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 from flashtile.testing import Call, CallSpec, Results, assert_results_within_budget, poisoned_allocations
@@ -42,6 +48,8 @@ class Backend:
 
     name: str
     device: str
+    declines: tuple[torch.dtype, ...] = ()
+    """Dtypes that it does not take; ``check`` asks for the next best in their place."""
 
     def forward(self, call: Call) -> Tensor:
         """out, differentiable if the call's tensors are."""
@@ -80,6 +88,7 @@ class Kernel:
     kernel: str
     tiles: TileConfig
     device: str = "cpu"
+    declines: tuple[torch.dtype, ...] = ()
 
     def forward_with_lse(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse), without a graph for autograd."""
@@ -101,16 +110,48 @@ class Kernel:
         problem, operands = validation.check_call(
             call.q, call.k, call.v, **options, wants_lse=wants_lse, is_packed=call.is_packed
         )
-        plan = dispatch.choose(problem, devices.detect(call.q.device), self.backend)
-        plan = replace(
+        plan = self._plan(problem, devices.detect(call.q.device))
+        return problem, operands, plan, cast(Launcher, import_module(f"flashtile.backends.{self.backend}.launch"))
+
+    def _plan(self, problem: AttentionProblem, device: DeviceSpec) -> Plan:
+        plan = dispatch.choose(problem, device, self.backend)
+        return replace(
             plan,
             forward=replace(plan.forward, kernel=self.kernel, tiles=self.tiles),
             backward=replace(plan.backward, kernel=self.kernel, tiles=self.tiles),
         )
-        return problem, operands, plan, cast(Launcher, import_module(f"flashtile.backends.{self.backend}.launch"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TritonKernels(Kernel):
+    """All Triton kernels, with small tiles: on a GPU if there is one, else in Triton's interpreter."""
+
+    def _plan(self, problem: AttentionProblem, device: DeviceSpec) -> Plan:
+        tiles = GpuTiles(block_q=self.tiles.block_q, block_kv=self.tiles.block_kv, num_warps=4, num_stages=2)
+        return triton_plan.plan_with(problem, device, dict.fromkeys((*KERNELS, "row_statistics"), tiles))
 
 
 Runner = Backend | Kernel
+
+HAS_GPU = torch.cuda.is_available()
+
+
+@contextmanager
+def interpreted_without_gpu() -> Iterator[None]:
+    """Triton functions that are defined inside are interpreted if there is no GPU: their definition decides it."""
+    if HAS_GPU:
+        yield
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+with interpreted_without_gpu():
+    for module in ("flashtile.backends.triton.launch", "triton.experimental.gluon"):
+        import_module(module)
 
 CPU = Backend(name="cpu", device="cpu")
 NAIVE = Backend(name="naive", device="cpu")
@@ -118,11 +159,28 @@ SMALL_TILES = TileConfig(block_q=8, block_kv=16)
 TILED = Kernel(backend="cpu", kernel="tiled", tiles=SMALL_TILES)
 TILED_16BIT = Kernel(backend="cpu", kernel="tiled_16bit", tiles=SMALL_TILES)
 FUSED = Kernel(backend="cpu", kernel="torch_fused", tiles=SMALL_TILES)
+TRITON = Backend(name="triton", device="cuda", declines=(torch.float64,))
+TRITON_SMALL = TritonKernels(
+    backend="triton",
+    kernel="",
+    tiles=TileConfig(block_q=16, block_kv=32),
+    device="cuda" if HAS_GPU else "cpu",
+    # The interpreter multiplies bfloat16 as if its bits were integers.
+    declines=(torch.float64,) if HAS_GPU else (torch.float64, torch.bfloat16),
+)
 
-BACKENDS = [pytest.param(CPU, id="cpu"), pytest.param(NAIVE, id="naive")]
+BACKENDS = [
+    pytest.param(CPU, id="cpu"),
+    pytest.param(NAIVE, id="naive"),
+    pytest.param(TRITON, id="triton", marks=pytest.mark.gpu),
+]
 """Every backend, through the public functions. A GPU backend's entry has ``marks=pytest.mark.gpu``."""
 
-RUNNERS = [*BACKENDS, pytest.param(TILED, id="cpu-tiled-8x16")]
+RUNNERS = [
+    *BACKENDS,
+    pytest.param(TILED, id="cpu-tiled-8x16"),
+    pytest.param(TRITON_SMALL, id="triton-16x32", marks=pytest.mark.gpu),
+]
 """What takes every problem. The small tiles let short sequences cross many of them."""
 
 
@@ -137,6 +195,8 @@ def check(
     runner: Runner, spec: CallSpec, *, is_small: bool = True, has_d_out: bool = True, has_d_lse: bool = True
 ) -> Results:
     """Runs the call that ``spec`` describes on poisoned memory, asserts the numerics contract, returns the results."""
+    if spec.dtype in runner.declines:
+        spec = replace(spec, dtype=torch.float32 if spec.dtype == torch.float64 else torch.float16)
     call = spec.build()
     d_out, d_lse = spec.build_upstream()
     d_out, d_lse = d_out if has_d_out else None, d_lse if has_d_lse else None

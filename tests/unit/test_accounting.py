@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashtile
 from flashtile.spec import accounting, devices, masks, sizes
-from flashtile.spec.accounting import Direction, Tiling
+from flashtile.spec.accounting import Direction, SplitBackward, Tiling
 from flashtile.spec.problem import AttentionProblem
 from flashtile.testing import peak_extra_bytes
 
@@ -21,6 +25,7 @@ SHAPE: dict[str, Any] = {"batch": 2, "seqlen_q": 37, "seqlen_kv": 53, "heads_q":
 MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window": (9, 4)}, {"window": (None, 3)}, {"window": (5, 0)}]
 NO_CACHE = Tiling(block_q=8, block_kv=16, num_programs=4, cache_bytes=0)
 BIG_CACHE = replace(NO_CACHE, cache_bytes=2**40)
+SPLIT = SplitBackward(q_tiles=(16, 8), rows_block=128)
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
@@ -72,6 +77,22 @@ def test_no_method_does_less_than_the_useful_work(options: dict[str, Any], direc
     assert useful <= tiled.flops <= naive.flops
 
 
+@pytest.mark.parametrize("options", MASKS, ids=str)
+def test_a_split_backward_multiplies_seven_times_and_each_kernel_in_its_own_tiles(options: dict[str, Any]) -> None:
+    problem = sizes.pose(**{**SHAPE, "seqlen_q": 48, "seqlen_kv": 64}, head_dim_v=24, **options)
+    of_kv = int(visible(problem).reshape(6, 8, 4, 16).any(dim=3).any(dim=1).sum()) * 8 * 16
+    of_q = int(visible(problem).reshape(3, 16, 8, 8).any(dim=3).any(dim=1).sum()) * 16 * 8
+    tiling = replace(NO_CACHE, split=SPLIT)
+    # q @ k.T and d_out @ v.T in both; d_v = p.T @ d_out and d_k = d_s.T @ q in the first, d_q = d_s @ k in the second
+    expected = 2 * 2 * 4 * ((16 + 24 + 24 + 16) * of_kv + (16 + 24 + 16) * of_q)
+    assert accounting.tiled_cost(problem, "backward", tiling).flops == expected
+    forward = accounting.tiled_cost(problem, "forward", NO_CACHE)
+    assert accounting.tiled_cost(problem, "forward", tiling) == forward
+    with_bias = replace(tiling, split=replace(SPLIT, bias_tiles=(8, 16)))
+    added = accounting.tiled_cost(problem, "backward", with_bias).flops - expected
+    assert added == 2 * 2 * 4 * (16 + 24) * of_kv
+
+
 # --- bytes moved ------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +138,20 @@ def test_tiles_in_a_big_cache_move_each_operand_once() -> None:
     forward = accounting.tiled_cost(problem, "forward", BIG_CACHE).traffic_bytes
     assert forward == q_bytes + k_bytes + v_bytes + out_bytes + lse_bytes
     backward = accounting.tiled_cost(problem, "backward", BIG_CACHE).traffic_bytes
-    assert backward == 2 * (q_bytes + k_bytes + v_bytes) + 2 * out_bytes + lse_bytes
+    for_delta = 2 * out_bytes + lse_bytes
+    assert backward == 2 * (q_bytes + k_bytes + v_bytes) + out_bytes + for_delta
+
+
+def test_a_split_backward_in_a_big_cache_reads_every_operand_once_per_kernel() -> None:
+    problem = sizes.pose(**SHAPE, head_dim_v=24, dtype=torch.bfloat16, bias_shape=(37, 53), gradients=("q", "bias"))
+    inputs = (2 * 37 * 4 * 16 + 2 * 53 * 2 * 16 + 2 * 53 * 2 * 24) * 2
+    out_bytes, lse_bytes, statistics = 2 * 37 * 4 * 24 * 2, 2 * 37 * 4 * 4, 2 * (2 * 4 * 128) * 4
+    for bias_tiles, num_kernels in ((None, 2), ((8, 16), 3)):
+        tiling = replace(BIG_CACHE, split=replace(SPLIT, bias_tiles=bias_tiles))
+        moved = accounting.tiled_cost(problem, "backward", tiling).traffic_bytes
+        for_delta = 2 * out_bytes + lse_bytes
+        each_kernel = inputs + out_bytes + statistics
+        assert moved == for_delta + statistics + num_kernels * each_kernel + inputs + 2 * (37 * 53 * 2)
 
 
 @pytest.mark.parametrize("options", MASKS, ids=str)
@@ -126,8 +160,30 @@ def test_without_a_cache_each_visit_of_a_tile_reads_k_and_v(options: dict[str, A
     blocks = visible(problem).reshape(5, 8, 4, 16).any(dim=3).any(dim=1)
     rows = 2 * 2 * int(blocks.sum()) * 16  # sequences, kv heads, visits, rows of a tile
     assert traffic(accounting.tiled_cost(problem, "forward", NO_CACHE), "read k, v") == rows * (16 + 16) * 2
+    rows_of_q = 2 * 4 * int(blocks.sum()) * 8  # sequences, query heads, visits, rows of a tile
     backward = accounting.tiled_cost(problem, "backward", NO_CACHE)
-    assert traffic(backward, "add to d_k, d_v") == 2 * rows * (16 + 16) * 4  # float32 sums, read and written
+    assert traffic(backward, "read q, d_out") == rows_of_q * (16 + 16) * 2
+    assert traffic(backward, "add to d_q") == 2 * rows_of_q * 16 * 4  # float32 sums, read and written
+    split = accounting.tiled_cost(problem, "backward", replace(NO_CACHE, split=replace(SPLIT, q_tiles=(8, 16))))
+    assert traffic(split, "d_k, d_v: read q, d_out") == rows_of_q * (16 + 16) * 2
+    assert traffic(split, "d_q: read k, v") == rows * (16 + 16) * 2
+    assert not [term for term in split.traffic if term.what.startswith("add to")]
+
+
+def test_the_cache_of_a_backward_has_to_hold_the_queries_that_pass_by_and_their_sums() -> None:
+    problem = sizes.pose(batch=8, seqlen_q=4096, heads_q=8, heads_kv=4, head_dim=64, dtype=torch.bfloat16)
+    group_bytes, group_sums = 2 * 4096 * 2 * 64 * 2, 2 * 4096 * 64 * 4  # two query heads share a kv head
+
+    def is_read_once(cache_bytes: int, split: SplitBackward | None) -> bool:
+        tiling = Tiling(block_q=128, block_kv=128, num_programs=64, cache_bytes=cache_bytes, split=split)
+        terms = accounting.tiled_cost(problem, "backward", tiling).traffic
+        (what,) = [term.what for term in terms if term.what.startswith(("read q, d_out", "d_k, d_v: read q, d_out"))]
+        return "once (the cache" in what
+
+    # 4096 / 128 = 32 programs share a kv head: 64 of them work on two at a time.
+    assert is_read_once(2 * group_bytes, SPLIT) and not is_read_once(2 * group_bytes - 1, SPLIT)
+    with_sums = 2 * (group_bytes + group_sums)
+    assert is_read_once(with_sums, None) and not is_read_once(with_sums - 1, None)
 
 
 def test_the_cache_has_to_hold_what_the_running_programs_share() -> None:
@@ -232,7 +288,7 @@ MEASURED: dict[str, dict[str, Any]] = {
 
 
 def measured(problem: AttentionProblem, backend: str) -> dict[Direction, int]:
-    """Extra bytes of a real call: what it allocates at its peak, less what it returns."""
+    """Extra bytes of a real call: what it allocates at its peak."""
     kv_shape = (problem.batch, problem.seqlen_kv, problem.heads_kv)
     q = torch.randn(problem.batch, problem.seqlen_q, problem.heads_q, problem.head_dim, dtype=problem.dtype)
     k = torch.randn(*kv_shape, problem.head_dim, dtype=problem.dtype)
@@ -268,23 +324,109 @@ def test_naive_extra_memory_is_what_the_naive_backend_holds(options: dict[str, A
 
 
 @pytest.mark.parametrize("seqlen", [768, 2048])
-@pytest.mark.parametrize("options", [{"has_sinks": True}, {"softcap": 20.0, "dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"has_sinks": True},
+        {"has_sinks": True, "batch": 3},
+        {"softcap": 20.0, "dtype": torch.bfloat16},
+        {"dropout_p": 0.1, "softcap": 20.0},
+    ],
+    ids=str,
+)
 def test_tiled_extra_memory_is_near_what_the_cpu_tiles_hold(seqlen: int, options: dict[str, Any]) -> None:
-    problem = sizes.pose(**{"seqlen_q": seqlen, "heads_q": HEADS, "head_dim": 32, "dtype": torch.float32, **options})
-    explanation = flashtile.explain(
-        seqlen_q=seqlen,
-        heads_q=HEADS,
-        head_dim=32,
-        dtype=problem.dtype,
-        softcap=problem.softcap,
-        has_sinks=problem.has_sinks,
-        device="cpu",
-    )
-    assert explanation.plan is not None and explanation.plan.forward.kernel.startswith("tiled")
-    held = measured(problem, "cpu")
+    shape = {"seqlen_q": seqlen, "heads_q": HEADS, "head_dim": 64, "dtype": torch.float32, **options}
+    problem, explanation = sizes.pose(**shape), flashtile.explain(**shape, device="cpu")
+    assert explanation.plan is not None and explanation.plan.backend == "cpu"
+    cores = devices.by_name("cpu").num_sms
+    was_threads = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        held = measured(problem, "cpu")
+    finally:
+        torch.set_num_threads(was_threads)
+    result_bytes = problem.tokens_q * HEADS * 64 * problem.dtype.itemsize
+    num_results: dict[Direction, int] = {"forward": 1, "backward": 3}  # allocated from the start, and no extra
     for cost in explanation.costs:
-        assert 0.5 < cost.tiled.extra_bytes / held[cost.direction] < 2
-        assert held[cost.direction] < cost.naive.extra_bytes / 4
+        extra = held[cost.direction] - num_results[cost.direction] * result_bytes
+        assert cost.tiled.extra_bytes == pytest.approx(extra, rel=0.35)
+        assert held[cost.direction] < cost.naive.extra_bytes
+
+
+def test_cpu_tiles_sum_d_q_up_in_memory_a_sequence_at_a_time_and_nothing_else() -> None:
+    shape: dict[str, Any] = {"seqlen_q": 2048, "heads_q": 4, "heads_kv": 2, "head_dim": 64, "has_sinks": True}
+    for batch, dtype in ((1, torch.float32), (5, torch.float32), (5, torch.bfloat16)):
+        explanation = flashtile.explain(**shape, batch=batch, dtype=dtype, device="cpu")
+        extra = {term.what: term.num_bytes for term in explanation.costs[1].tiled.extra}
+        assert set(extra) == {"delta", "float32 sums of d_q", "score tiles"}
+        assert extra["delta"] == 4 * 2048 * 4 and extra["float32 sums of d_q"] == 4 * 2048 * 64 * 4
+
+
+def test_the_gradient_of_a_16bit_bias_is_summed_up_in_float32() -> None:
+    biased: dict[str, Any] = {**SHAPE, "bias_shape": (4, 37, 53), "gradients": ("q", "bias")}
+    for dtype, expected in ((torch.bfloat16, 4 * 37 * 53 * 4), (torch.float32, 0)):
+        extra = accounting.tiled_cost(sizes.pose(**biased, dtype=dtype), "backward", NO_CACHE).extra
+        assert sum(term.num_bytes for term in extra if term.what.endswith("d_bias")) == expected
+
+
+ON_CHIP: list[tuple[dict[str, Any], int]] = [
+    ({}, 2 * 2 * 4 * 4 * 128 * 4),  # numbers of a row, batch, heads, blocks of rows, rows of a block, float32
+    ({"dtype": torch.float32}, 3 * 2 * 4 * 4 * 128 * 4),
+    ({"seqlen_q": 512}, 2 * 2 * 4 * 4 * 128 * 4),
+    ({"seqlen_q": 513}, 2 * 2 * 4 * 5 * 128 * 4),
+    ({"has_sinks": True, "gradients": ("q", "sinks")}, 3 * 2 * 4 * 4 * 128 * 4),
+    ({"bias_shape": (4, 500, 500), "gradients": ("q", "k", "v")}, 2 * 2 * 4 * 4 * 128 * 4),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), ON_CHIP, ids=[str(options) for options, _ in ON_CHIP])
+def test_triton_keeps_a_few_numbers_per_query_row(options: dict[str, Any], expected: int) -> None:
+    shape: dict[str, Any] = {"batch": 2, "seqlen_q": 500, "seqlen_kv": 500, "heads_q": 4, "head_dim": 64, **options}
+    explanation = flashtile.explain(**shape, device="h200")
+    assert explanation.plan is not None and explanation.plan.backend == "triton"
+    forward, backward = (cost.tiled.extra_bytes for cost in explanation.costs)
+    assert forward == 2 * 4 * shape["seqlen_q"] * 4  # the lse, without padding
+    assert backward == expected
+
+
+def test_a_packed_batch_needs_up_to_a_block_of_rows_more_for_each_sequence() -> None:
+    problem = packed([(5, 9), (300, 300), (0, 7)], gradients=("q", "k", "v"))
+    extra = accounting.tiled_cost(problem, "backward", replace(NO_CACHE, split=SPLIT)).extra_bytes
+    assert extra == 2 * 4 * (3 + 3) * 128 * 4  # 305 rows fill three blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_shares_of_a_bias_gradient_are_counted(dtype: torch.dtype) -> None:
+    shape: dict[str, Any] = {"batch": 2, "seqlen_q": 512, "heads_q": 4, "head_dim": 64, "dtype": dtype}
+    explanation = flashtile.explain(**shape, bias_shape=(512,), gradients=("q", "bias"), device="h200")
+    assert explanation.plan is not None
+    num_shares = explanation.plan.backward.companions[-1].grid[-1]
+    assert num_shares > 1
+    extra = {term.what: term.num_bytes for term in explanation.costs[1].tiled.extra}
+    assert extra["shares of d_bias"] == (num_shares + (dtype == torch.bfloat16)) * 512 * 4  # and their float32 sum
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="interprets Triton kernels")
+def test_triton_holds_what_is_said_to_the_byte() -> None:
+    script = """
+import torch, flashtile
+from flashtile.testing import peak_extra_bytes
+
+for dtype in (torch.float16, torch.float32):
+    leaves = [torch.randn(2, 150, 2, 32, dtype=dtype, requires_grad=True) for _ in range(3)]
+    run = lambda: flashtile.attention(*leaves, causal=True, backend="triton")
+    out = run()
+    d_out = torch.randn_like(out)
+    backward = lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+    said = [cost.tiled.extra_bytes for cost in flashtile.explain(*leaves, causal=True, backend="triton").costs]
+    held_backward = peak_extra_bytes(backward) - 3 * out.nbytes
+    print(said == [peak_extra_bytes(run) - out.nbytes, held_backward])
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["True", "True"]
 
 
 def test_tiled_extra_memory_grows_linearly_and_the_naive_quadratically() -> None:

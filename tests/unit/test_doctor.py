@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 from importlib import metadata
 from types import SimpleNamespace
@@ -13,11 +16,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from flashtile import dispatch, doctor, functional
+from flashtile import dispatch, doctor, functional, ops
 from flashtile.doctor import Diagnosis
 from flashtile.spec import devices
 
-ENVIRONMENT = ("FLASHTILE_BACKEND", "FLASHTILE_STRICT", "FLASHTILE_CHECK_VALUES", "CXX", "OMP_NUM_THREADS")
+ENVIRONMENT = (
+    *("FLASHTILE_BACKEND", "FLASHTILE_STRICT", "FLASHTILE_CHECK_VALUES"),
+    *("CXX", "OMP_NUM_THREADS", "TRITON_INTERPRET"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +41,29 @@ def test_this_machine_is_healthy() -> None:
     assert diagnosis.is_healthy, str(diagnosis)
     probed = [(probe.backend, probe.options) for probe in on_cpu(diagnosis)]
     assert probed == [(backend, options) for backend in dispatch.BACKENDS for options in ("causal", "every option")]
-    assert {probe.status for probe in on_cpu(diagnosis)} == {"ok"}
+    status = {probe.backend: probe.status for probe in on_cpu(diagnosis)}
+    assert status == {"cpu": "ok", "triton": "declines", "naive": "ok"}
     versions = dict(diagnosis.versions)
     assert versions["torch"].startswith(torch.__version__)
     assert versions["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert set(versions) == {"flashtile", "python", "torch", "triton"}
     assert next(name for name, _ in diagnosis.devices) == "cpu"
+
+
+def test_triton_says_why_it_declines_a_cpu() -> None:
+    details = {probe.detail for probe in on_cpu(doctor()) if probe.backend == "triton"}
+    assert len(details) == 1 and "runs on GPUs" in details.pop()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="interprets Triton kernels")
+def test_interpreted_triton_is_probed_on_a_cpu() -> None:
+    script = (
+        "import flashtile; probes = flashtile.doctor().probes; "
+        "print([probe.status for probe in probes if (probe.device, probe.backend) == ('cpu', 'triton')])"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "['ok', 'ok']"
 
 
 def test_the_text_has_every_section_and_the_count() -> None:
@@ -125,14 +148,20 @@ def test_nothing_that_breaks_makes_it_raise(monkeypatch: pytest.MonkeyPatch) -> 
     json.dumps(diagnosis.to_dict())
 
 
+def forget_plans() -> None:
+    dispatch._choose.cache_clear()
+    ops._prepared.clear()
+
+
 def test_a_declined_probe_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch.BACKENDS["cpu"], "rejects", Mock(return_value=("not on Sundays",)))
-    dispatch._choose.cache_clear()
+    forget_plans()
     try:
         diagnosis = doctor()
     finally:
-        dispatch._choose.cache_clear()
-    declined = [probe for probe in on_cpu(diagnosis) if probe.status == "declines"]
+        forget_plans()
+    declined = [probe for probe in on_cpu(diagnosis) if probe.backend == "cpu"]
+    assert {probe.status for probe in declined} == {"declines"}
     assert [probe.detail for probe in declined] == ["not on Sundays", "not on Sundays"]
     assert diagnosis.is_healthy
     assert "2 of 2 probes passed." in str(diagnosis)
@@ -158,7 +187,7 @@ def test_settings_that_are_fine_are_listed(monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "value", "complaint"),
     [
         ("FLASHTILE_STRICT", "yes", "wanted 0 or 1"),
-        ("FLASHTILE_BACKEND", "cuda", "wanted 'auto' or 'cpu' or 'naive'"),
+        ("FLASHTILE_BACKEND", "cuda", "wanted 'auto' or 'cpu' or 'triton' or 'naive'"),
         ("FLASHTILE_STRICTT", "1", "no such setting; there are FLASHTILE_BACKEND"),
     ],
 )
@@ -220,6 +249,38 @@ def test_a_torch_without_cuda_beside_a_gpu_is_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "reinstall torch" in missing_for(doctor(), "this machine's NVIDIA GPU").remedy
+
+
+@pytest.mark.parametrize(("has_gpu", "has_triton"), [(True, True), (True, False), (False, True), (False, False)])
+def test_triton_is_missing_only_beside_a_gpu(has_gpu: bool, has_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    find_spec = importlib.util.find_spec
+
+    def pretended(name: str, package: str | None = None) -> object:
+        return (object() if has_triton else None) if name == "triton" else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", pretended)
+    missing = missing_for(doctor(), "our kernels")
+    if has_gpu and not has_triton:
+        assert missing.what == "triton" and missing.remedy.startswith("pip install triton")
+    else:
+        assert missing is None
+
+
+@pytest.mark.parametrize("package", ["triton", "triton-windows", "pytorch-triton-rocm"])
+def test_triton_is_found_under_each_of_its_names(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if "triton" not in name:
+            return installed(name)
+        if name != package:
+            raise metadata.PackageNotFoundError(name)
+        return "9.8.7"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert dict(doctor().versions)["triton"] == "9.8.7"
 
 
 def test_each_gpu_is_listed_and_probed(monkeypatch: pytest.MonkeyPatch) -> None:

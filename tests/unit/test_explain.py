@@ -21,6 +21,8 @@ from flashtile.spec.devices import DEVICES
 from flashtile.spec.problem import AttentionProblem
 
 MAIN: dict[str, Any] = {"seqlen_q": 16384, "heads_q": 16, "head_dim": 128, "causal": True}
+NO_TRITON: dict[str, Any] = {**MAIN, "dtype": torch.float64}
+"""What the Triton kernels do not take, so a GPU runs the naive formula."""
 SMALL: dict[str, Any] = {"batch": 2, "seqlen_q": 24, "heads_q": 4, "head_dim": 16, "dtype": torch.float32}
 
 untyped_explain: Any = flashtile.explain  # for calls that are wrong on purpose
@@ -167,7 +169,9 @@ def test_the_verdicts_are_the_backends_own() -> None:
     for verdict in explanation.verdicts:
         asked = dispatch.BACKENDS[verdict.backend].rejects(explanation.problem, explanation.device)
         assert verdict.reasons == asked
-    assert [verdict.backend for verdict in explanation.verdicts if verdict.is_chosen] == ["naive"]
+    assert [verdict.backend for verdict in explanation.verdicts if verdict.is_chosen] == ["triton"]
+    fallback = flashtile.explain(**NO_TRITON, device="h200")
+    assert [verdict.backend for verdict in fallback.verdicts if verdict.is_chosen] == ["naive"]
 
 
 def test_a_backend_that_declines_is_an_answer_and_no_exception() -> None:
@@ -180,9 +184,10 @@ def test_a_backend_that_declines_is_an_answer_and_no_exception() -> None:
 
 def test_strict_mode_is_an_answer_and_no_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHTILE_STRICT", "1")
-    explanation = flashtile.explain(**MAIN, device="h200")
+    explanation = flashtile.explain(**NO_TRITON, device="h200")
     assert explanation.plan is None
     assert "FLASHTILE_STRICT" in str(explanation)
+    assert flashtile.explain(**MAIN, device="h200").plan is not None
 
 
 def test_the_plans_tiles_are_used_and_assumed_ones_are_marked() -> None:
@@ -191,8 +196,49 @@ def test_the_plans_tiles_are_used_and_assumed_ones_are_marked() -> None:
     tiling = on_cpu.costs[0].tiling
     assert (tiling.block_q, tiling.block_kv) == (on_cpu.plan.forward.tiles.block_q, on_cpu.plan.forward.tiles.block_kv)
     assert not tiling.is_assumed and "tiled*" not in str(on_cpu)
-    on_gpu = flashtile.explain(**MAIN, device="h200")
+    on_gpu = flashtile.explain(**NO_TRITON, device="h200")
     assert on_gpu.costs[0].tiling.is_assumed and "* assuming tiles" in str(on_gpu)
+
+
+def test_the_tiles_of_each_triton_kernel_are_used() -> None:
+    explanation = flashtile.explain(**MAIN, device="h200")
+    assert explanation.plan is not None and explanation.plan.backend == "triton"
+    for cost, kernel in zip(explanation.costs, (explanation.plan.forward, explanation.plan.backward), strict=True):
+        assert (cost.tiling.block_q, cost.tiling.block_kv) == (kernel.tiles.block_q, kernel.tiles.block_kv)
+        assert not cost.tiling.is_assumed and cost.tiling.heap_tiles == 0
+    forward, backward = explanation.costs
+    (d_q,) = [kernel for kernel in explanation.plan.backward.companions if kernel.kernel == "backward_q"]
+    assert forward.tiling.split is None and backward.tiling.split is not None
+    assert backward.tiling.split.q_tiles == (d_q.tiles.block_q, d_q.tiles.block_kv)
+
+
+@pytest.mark.parametrize("gradients", [("q", "k", "v"), ("bias",), ("q",), ("v", "bias")], ids=str)
+def test_the_text_names_every_kernel_that_the_backward_launches(gradients: tuple[str, ...]) -> None:
+    explanation = flashtile.explain(**MAIN, bias_shape=(16, 1, 16384), gradients=gradients, device="h200")
+    assert explanation.plan is not None
+    planned = explanation.plan.backward
+    wanted = {"row_statistics"}
+    wanted |= {"backward_kv"} if {"k", "v"} & set(gradients) else set()
+    wanted |= {"backward_q"} if "q" in gradients else set()
+    wanted |= {"bias_gradient"} if "bias" in gradients else set()
+    lines = {
+        f"  backward: kernel triton/{kernel.kernel}, tiles {kernel.tiles.block_q} x {kernel.tiles.block_kv}, "
+        f"grid {' x '.join(f'{size:,}' for size in kernel.grid)}"
+        for kernel in (planned, *planned.companions)
+        if kernel.kernel in wanted
+    }
+    assert {line for line in str(explanation).splitlines() if line.startswith("  backward: kernel")} == lines
+
+
+def test_the_price_of_a_backward_without_atomics_is_told() -> None:
+    def note(**options: Any) -> str:
+        return next((note for note in flashtile.explain(**options).notes if "computed twice" in note), "")
+
+    assert "seven products instead of five" in note(**MAIN, device="h200")
+    assert "once more" not in note(**MAIN, device="h200")
+    assert "once more" in note(**MAIN, device="h200", bias_shape=(16384,), gradients=("q", "k", "v", "bias"))
+    assert not note(**MAIN, device="h200", gradients=())
+    assert not note(**MAIN, device="cpu") and not note(**NO_TRITON, device="h200")
 
 
 def test_copies_are_those_that_the_chosen_backend_makes() -> None:
@@ -212,6 +258,8 @@ def test_numbers_of_the_main_example() -> None:
     visible = 16384 * 16385 // 2
     assert forward.useful_flops == 4 * 128 * 16 * visible
     assert backward.useful_flops == 2.5 * forward.useful_flops
+    assert backward.tiled.flops == pytest.approx(7 / 5 * backward.useful_flops, rel=0.01)
+    assert (forward.tiled.extra_bytes, backward.tiled.extra_bytes) == (16 * 16384 * 4, 2 * 16 * 16384 * 4)
     assert forward.naive.flops == 4 * 128 * 16 * 16384**2
     scores = 16 * 16384**2 * 4
     assert forward.naive.traffic_bytes == pytest.approx(4 * scores, rel=0.01)
@@ -228,11 +276,15 @@ def test_the_text_says_everything_that_was_asked_for() -> None:
     for wanted in (
         *("batch 1, seqlen 16,384, heads 16, head_dim 128, bfloat16", "causal, gradients of q, k, v"),
         *("1.10 TFLOP forward", "50.0% of all", "132 SMs, 989 TFLOP/s in bfloat16, 4,800 GB/s"),
-        *("naive  chosen    the textbook formula", "cpu    declines  runs on CPU tensors only"),
+        *("triton  chosen    Triton kernels", "cpu     declines  runs on CPU tensors only"),
+        *("naive   accepts   would take the problem too", "kernel triton/backward_q, tiles 128 x 64"),
         *("16.0 GiB", "least time (roofline)", "14.4 ms", "1.12 ms", "12.8x", "memory", "compute"),
-        *("extra memory held", "Where tiles are not faster", "Nothing is faster today"),
+        *("extra memory held", "lse_log2, delta", "2.00 MiB", "d_q: read k, v once (the cache holds them)"),
     ):
         assert wanted in text, f"{wanted!r} is not in\n{text}"
+    naive = str(flashtile.explain(**NO_TRITON, device="h200"))
+    for wanted in ("naive   chosen    the textbook formula", "Where tiles are not faster", "Nothing is faster today"):
+        assert wanted in naive, f"{wanted!r} is not in\n{naive}"
 
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
@@ -269,7 +321,9 @@ def test_json_has_every_field_and_survives_a_round_trip() -> None:
     found = explanation.to_dict()
     assert json.loads(json.dumps(found)) == found
     assert found["problem"]["dtype"] == "bfloat16" and found["problem"]["gradients"] == ["k", "q", "v"]
-    assert found["device"]["name"] == "h200" and found["plan"]["backend"] == "naive"
+    assert found["device"]["name"] == "h200" and found["plan"]["backend"] == "triton"
+    companions = [kernel["kernel"] for kernel in found["plan"]["backward"]["companions"]]
+    assert companions == ["row_statistics", "backward_q"]
     for cost, as_json in zip(explanation.costs, found["costs"], strict=True):
         assert as_json["naive"]["traffic_bytes"] == cost.naive.traffic_bytes
         assert as_json["tiled"]["extra_bytes"] == cost.tiled.extra_bytes
@@ -304,8 +358,10 @@ def test_numbers_are_formatted_for_people(formatted: str, text: str) -> None:
 LONG: dict[str, Any] = {"batch": 4, "seqlen_q": 8192, "heads_q": 32, "head_dim": 128}
 DECODE: dict[str, Any] = {**LONG, "batch": 1, "seqlen_q": 1, "seqlen_kv": 65536}
 SHORT: dict[str, Any] = {**LONG, "seqlen_q": 128, "batch": 1}
+WIDE: dict[str, Any] = {**LONG, "head_dim": 1024}
 RULES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
-    ("naive plan", "Nothing is faster today", {**LONG, "device": "h200"}, {**LONG, "device": "cpu"}),
+    ("naive plan", "Nothing is faster today", {**NO_TRITON, "device": "h200"}, {**LONG, "device": "h200"}),
+    ("too wide for Triton", "Nothing is faster today", {**WIDE, "device": "h200"}, {**WIDE, "device": "cpu"}),
     (
         "torch's own op",
         "torch's own fused CPU op",

@@ -48,6 +48,16 @@ def test_the_default_backend_is_what_the_variable_says(
     assert settings.default_backend() == expected
 
 
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_triton_is_interpreted_if_its_own_variable_is_1(
+    value: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert settings.interprets_triton() is expected
+
+
 def test_every_variable_that_the_code_reads_is_in_the_table() -> None:
     package = Path(flashtile.__file__).parent
     read = {

@@ -68,11 +68,21 @@ def test_a_backends_answers_reach_the_table(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dispatch, "BACKENDS", {"fussy": Fussy("fussy"), **dispatch.BACKENDS})
     matrix = flashtile.support_matrix(["h200", "mi300x"])
     shown = {row.feature: tuple(map(str, row.cells)) for row in matrix.rows}
-    assert shown["causal"] == ("fussy/fussy_kernel", "naive/formula")
-    assert shown["softcap"] == ("naive/formula", "naive/formula")
+    assert shown["causal"] == ("fussy/fussy_kernel", "triton/forward")
+    assert shown["softcap"] == ("triton/forward", "triton/forward")
+    assert shown["float64"] == ("fussy/fussy_kernel", "naive/formula")
     text = str(matrix)
     assert "fussy declines: NVIDIA only; no softcap here." in text
     assert "fussy/fussy_kernel: it is fussy." in text
+
+
+def test_gpus_run_triton_kernels_but_for_float64() -> None:
+    matrix = flashtile.support_matrix(["h200", "mi300x"])
+    others = {row.feature for row in matrix.rows if {cell.backend for cell in row.cells} != {"triton"}}
+    assert others == {"float64"}
+    (float64,) = [row.cells for row in matrix.rows if row.feature == "float64"]
+    assert [str(cell) for cell in float64] == ["naive/formula", "naive/formula"]
+    assert all("not float64" in reason for cell in float64 for reason in dict(cell.rejects)["triton"])
 
 
 def test_what_nothing_takes_is_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ class KernelPlan:
     shared_memory_bytes: int
     """Fast memory one program needs: shared memory on a GPU; on a CPU, the cached tiles."""
     reason: str
+    companions: tuple[KernelPlan, ...] = ()
+    """Further kernels that the same direction launches, each with its own tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

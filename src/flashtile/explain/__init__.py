@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 
 from flashtile import dispatch
-from flashtile.backends.base import Plan, TileConfig
+from flashtile.backends.base import Plan
 from flashtile.errors import InvalidArgument, UnsupportedProblem
-from flashtile.explain import remarks, text
+from flashtile.explain import remarks, text, tilings
 from flashtile.spec import accounting, devices, sizes, units, validation
-from flashtile.spec.accounting import Comparison, Direction, Lengths, Tiling
+from flashtile.spec.accounting import Comparison, Direction, Lengths
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
-
-ASSUMED_TILES = TileConfig(block_q=128, block_kv=128)
-"""What the tiled column assumes where no backend that tiles takes the problem."""
-
-_TILES_ON_HEAP = {"forward": 3, "backward": 6}
-"""Score tiles per head that ``backends/cpu/tiled.py`` holds at once; dropout adds four for its random words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +265,7 @@ def _explain(problem: AttentionProblem, operands: Operands | None, device: Devic
         refusal = error.headline
     directions: tuple[Direction, ...] = ("forward", "backward") if problem.gradients else ("forward",)
     costs = tuple(
-        accounting.compare(problem, direction, _tiling(problem, device, plan, direction), device, lengths)
+        accounting.compare(problem, direction, tilings.tiling(problem, device, plan, direction), device, lengths)
         for direction in directions
     )
     return Explanation(
@@ -294,29 +288,8 @@ def _explain(problem: AttentionProblem, operands: Operands | None, device: Devic
     )
 
 
-def _tiling(problem: AttentionProblem, device: DeviceSpec, plan: Plan | None, direction: Direction) -> Tiling:
-    """The plan's tiles if it has any, else the assumed ones."""
-    kernel = None
-    if plan is not None and plan.backend != "naive":
-        kernel = plan.forward if direction == "forward" else plan.backward
-    heap_tiles = 0
-    if device.kind == "cpu":  # torch's fused op holds a tile per core, ours several of every head at once
-        per_head = _TILES_ON_HEAP[direction] + 4 * (problem.dropout_p > 0)
-        is_fused = kernel is not None and kernel.kernel == "torch_fused"
-        heap_tiles = device.num_sms if is_fused else problem.heads_q * per_head
-    tiles = ASSUMED_TILES if kernel is None else kernel.tiles
-    return Tiling(
-        block_q=tiles.block_q,
-        block_kv=tiles.block_kv,
-        is_assumed=kernel is None,
-        num_programs=device.num_sms,
-        cache_bytes=device.l2_bytes,
-        heap_tiles=heap_tiles,
-    )
-
-
 def _copies(problem: AttentionProblem, plan: Plan | None, operands: Operands | None) -> tuple[str, ...]:
-    """Our tiles read any strides in place; torch's fused op needs a last stride of 1; naive copies in any case."""
+    """Our kernels read any strides in place; torch's fused op needs a last stride of 1; naive copies in any case."""
     if plan is None:
         return ()
     if plan.forward.kernel == "torch_fused" and operands is not None:

@@ -106,6 +106,12 @@ def notes(
         yield "Lengths unknown: every sequence counts as the longest, so FLOPs and bytes are upper bounds."
     if problem.mask_shape is not None:
         yield "Pairs that the boolean mask hides count as visible, so the FLOPs are an upper bound."
+    for split in (cost.tiling.split for cost in costs if cost.tiling.split is not None):
+        yield (
+            "Backward: q @ k.T and d_out @ v.T are computed twice, for d_k, d_v and for d_q: seven products instead "
+            "of five, in exchange for no atomics (bitwise repeatable) and no sums of d_q in memory."
+            + (" The gradient of the bias computes both once more." if split.bias_tiles is not None else "")
+        )
     if plan is not None and plan.backend == "naive":
         dtype = problem.accumulation_dtype
         rate = f"{units.dtype_name(dtype)}, {device.flops_per_s(dtype) / 1e12:.3g} TFLOP/s here"

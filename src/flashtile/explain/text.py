@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flashtile.explain import tilings
 from flashtile.spec import accounting, units
 from flashtile.spec.accounting import Comparison, Cost, Roofline, Term
 from flashtile.spec.devices import DeviceSpec
@@ -114,11 +115,12 @@ def _backend_lines(explanation: Explanation) -> Iterator[str]:
     if plan is None:
         return
     for cost in explanation.costs:
-        kernel = plan.forward if cost.direction == "forward" else plan.backward
-        yield (
-            f"  {cost.direction}: kernel {plan.backend}/{kernel.kernel}, tiles {kernel.tiles.block_q:,} x "
-            f"{kernel.tiles.block_kv:,}, grid {' x '.join(f'{size:,}' for size in kernel.grid)}"
-        )
+        planned = plan.forward if cost.direction == "forward" else plan.backward
+        for kernel in tilings.launched(planned, explanation.problem):
+            yield (
+                f"  {cost.direction}: kernel {plan.backend}/{kernel.kernel}, tiles {kernel.tiles.block_q:,} x "
+                f"{kernel.tiles.block_kv:,}, grid {' x '.join(f'{size:,}' for size in kernel.grid)}"
+            )
     if explanation.copies:
         yield from _wrapped("  copies first: ", "; ".join(explanation.copies))
 

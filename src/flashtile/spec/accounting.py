@@ -8,7 +8,8 @@ Pure functions of sizes; nothing is measured here. The models, in words:
   and writes its results once. Scores are in the accumulation dtype.
 * The tiled traffic counts Q, the output and the lse once. K and V count once if what the running programs share of
   them fits into the last cache, else once per query tile that visits them (the query heads of a group visit together).
-  The backward walks the same tiles, and in the same way sums d_k and d_v up.
+  In the backward, tiles of K and V stay and Q and d_out pass by, once or once per visit, as does the sum of d_q in
+  device memory. A kernel without that sum (``SplitBackward``) walks the tiles twice instead, and multiplies more.
 * Extra memory is the peak beyond inputs and results. For the naive formula it is that of flashtile's own ``naive``
   backend, which holds several score matrices at once and float32 copies of its operands.
 
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flashtile.spec import masks
+from flashtile.spec import masks, units
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
@@ -65,9 +66,30 @@ class Cost:
         return sum(term.num_bytes for term in self.extra)
 
 
+Tiles = tuple[int, int]
+"""(block_q, block_kv)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitBackward:
+    """A backward without atomics: the kernel for d_k and d_v leaves other gradients to kernels of their own.
+
+    Each of them computes q @ k.T and d_out @ v.T again and keeps its sums on chip.
+    """
+
+    q_tiles: Tiles
+    """Those of the kernel for d_q."""
+    bias_tiles: Tiles | None = None
+    """Those of the kernel for the gradient of a bias; None if it does not run."""
+    bias_shares: int = 1
+    """Partial sums in device memory that the gradient of the bias is added up from; 1: none."""
+    rows_block: int = 1
+    """Rows to whose multiple the numbers that it keeps of each query row are filled up."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """How a tiled kernel runs: its tiles, and what decides how often K and V are read again."""
+    """How a tiled kernel runs: its tiles, and what decides how often operands are read again."""
 
     block_q: int
     block_kv: int
@@ -79,6 +101,10 @@ class Tiling:
     """The last cache before device memory."""
     heap_tiles: int = 0
     """Score tiles held in ordinary memory at once; 0 where they stay on chip."""
+    sequences_at_once: int | None = None
+    """Sequences whose d_q is summed up at a time, beside the result; None: all, and beside it only if it is 16-bit."""
+    split: SplitBackward | None = None
+    """How the backward avoids that sum; None if it does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,80 +251,182 @@ def _naive_copies(problem: AttentionProblem, direction: Direction) -> tuple[Term
 
 def tiled_cost(problem: AttentionProblem, direction: Direction, tiling: Tiling, lengths: Lengths | None = None) -> Cost:
     """Online softmax over tiles, as ``backends/cpu/tiled.py`` spells it out."""
-    visited_tiles = visited_pairs = 0
-    for (seqlen_q, seqlen_kv), count in _sequences(problem, lengths).items():
-        block_q, block_kv = min(tiling.block_q, seqlen_q), min(tiling.block_kv, seqlen_kv)
-        if block_q > 0 and block_kv > 0:
-            tiles = masks.count_tiles(
-                problem.mask, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block_q=block_q, block_kv=block_kv
-            )
-            visited_tiles += count * tiles.visited
-            visited_pairs += count * min(tiles.visited * block_q * block_kv, seqlen_q * seqlen_kv)
-    sizes = _Sizes.of(problem)
-    fits = _shared_kv_bytes(problem, direction, tiling) <= tiling.cache_bytes
-    rows_visited = problem.heads_kv * visited_tiles * min(tiling.block_kv, problem.seqlen_kv)
-    return Cost(
-        flops=flops_per_pair(problem, direction) * problem.heads_q * visited_pairs,
-        traffic=(
-            *(_tiled_traffic_forward if direction == "forward" else _tiled_traffic_backward)(
-                problem, sizes, None if fits else rows_visited
-            ),
-            *_score_operand_traffic(problem, direction),
-        ),
-        extra=_tiled_extra(problem, direction, tiling),
-    )
-
-
-def _tiled_traffic_forward(problem: AttentionProblem, sizes: _Sizes, rows_visited: int | None) -> tuple[Term, ...]:
-    return (
-        Term(what="read q", num_bytes=sizes.q),
-        _read_kv(problem, sizes, rows_visited),
-        Term(what="write out, lse", num_bytes=sizes.out + sizes.lse),
-    )
-
-
-def _tiled_traffic_backward(problem: AttentionProblem, sizes: _Sizes, rows_visited: int | None) -> tuple[Term, ...]:
-    terms = [
-        Term(what="read q, out, d_out, lse", num_bytes=sizes.q + 2 * sizes.out + sizes.lse),
-        _read_kv(problem, sizes, rows_visited),
-        Term(what="write d_q, d_k, d_v", num_bytes=sizes.q + sizes.k + sizes.v),
-    ]
-    if rows_visited is not None:
-        row_bytes = (problem.head_dim + problem.head_dim_v) * problem.accumulation_dtype.itemsize
-        terms.append(Term(what="add to d_k, d_v per visit", num_bytes=2 * rows_visited * row_bytes))
-    return tuple(terms)
-
-
-def _read_kv(problem: AttentionProblem, sizes: _Sizes, rows_visited: int | None) -> Term:
-    if rows_visited is None:
-        return Term(what="read k, v once (the cache holds them)", num_bytes=sizes.k + sizes.v)
-    row_bytes = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
-    return Term(what="read k, v once per query tile", num_bytes=max(rows_visited * row_bytes, sizes.k + sizes.v))
-
-
-def _shared_kv_bytes(problem: AttentionProblem, direction: Direction, tiling: Tiling) -> int:
-    """What the running programs have in use of K and V (and of the sums d_k, d_v in the backward)."""
-    tiles_per_head = max(-(-problem.seqlen_q // tiling.block_q), 1)
-    programs_per_kv_head = tiles_per_head * problem.heads_per_kv
-    heads = min(-(-tiling.num_programs // programs_per_kv_head), problem.batch * problem.heads_kv)
-    rows = problem.seqlen_kv
-    if problem.mask.left is not None and problem.mask.right is not None:
-        rows_of_q = min(-(-tiling.num_programs // problem.heads_per_kv), tiles_per_head) * tiling.block_q
-        rows = min(rows, rows_of_q + problem.mask.left + problem.mask.right)
-    itemsize = problem.dtype.itemsize + (problem.accumulation_dtype.itemsize if direction == "backward" else 0)
-    return heads * rows * (problem.head_dim + problem.head_dim_v) * itemsize
-
-
-def _tiled_extra(problem: AttentionProblem, direction: Direction, tiling: Tiling) -> tuple[Term, ...]:
-    sizes, accumulated = _Sizes.of(problem), problem.accumulation_dtype.itemsize
-    terms = [Term(what="lse" if direction == "forward" else "delta", num_bytes=sizes.lse)]
-    if direction == "backward" and problem.dtype != problem.accumulation_dtype:
-        num_elements = (sizes.q + sizes.k + sizes.v) // problem.dtype.itemsize
-        terms.append(Term(what="float32 sums of d_q, d_k, d_v", num_bytes=num_elements * accumulated))
+    model = _Model(problem=problem, tiling=tiling, sequences=_sequences(problem, lengths))
+    if direction == "forward":
+        flops, traffic = model.flops(direction), model.forward_traffic()
+        extra = (Term(what="lse", num_bytes=_Sizes.of(problem).lse),)
+    elif tiling.split is None:
+        flops, traffic, extra = model.flops(direction), model.backward_traffic(), _extra_backward(problem, tiling)
+    else:
+        flops, traffic = model.split_flops(tiling.split), model.split_traffic(tiling.split)
+        extra = _extra_split(problem, tiling.split)
     if tiling.heap_tiles > 0:
-        tile = min(tiling.block_q, problem.seqlen_q) * min(tiling.block_kv, problem.seqlen_kv) * accumulated
-        terms.append(Term(what="score tiles", num_bytes=tiling.heap_tiles * tile))
+        tile = min(tiling.block_q, problem.seqlen_q) * min(tiling.block_kv, problem.seqlen_kv)
+        num_bytes = tiling.heap_tiles * tile * problem.accumulation_dtype.itemsize
+        extra = (*extra, Term(what="score tiles", num_bytes=num_bytes))
+    return Cost(flops=flops, traffic=(*traffic, *_score_operand_traffic(problem, direction)), extra=extra)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """FLOPs and traffic of tiled kernels."""
+
+    problem: AttentionProblem
+    tiling: Tiling
+    sequences: Counter[tuple[int, int]]
+
+    @property
+    def tiles(self) -> Tiles:
+        return self.tiling.block_q, self.tiling.block_kv
+
+    def visits(self, tiles: Tiles) -> tuple[int, int]:
+        """Tiles of one query head over the batch that the mask leaves something of, and their pairs."""
+        num_tiles = num_pairs = 0
+        for (seqlen_q, seqlen_kv), count in self.sequences.items():
+            block_q, block_kv = min(tiles[0], seqlen_q), min(tiles[1], seqlen_kv)
+            if block_q > 0 and block_kv > 0:
+                lengths = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+                visited = masks.count_tiles(self.problem.mask, **lengths, block_q=block_q, block_kv=block_kv).visited
+                num_tiles += count * visited
+                num_pairs += count * min(visited * block_q * block_kv, seqlen_q * seqlen_kv)
+        return num_tiles, num_pairs
+
+    def flops(self, direction: Direction) -> int:
+        return flops_per_pair(self.problem, direction) * self.problem.heads_q * self.visits(self.tiles)[1]
+
+    def split_flops(self, split: SplitBackward) -> int:
+        """Four products for d_k and d_v, three for d_q, two for the gradient of a bias."""
+        dim, dim_v = self.problem.head_dim, self.problem.head_dim_v
+        recomputed = dim + dim_v  # q @ k.T and d_out @ v.T
+        products = (recomputed + dim + dim_v) * self.visits(self.tiles)[1]
+        products += (recomputed + dim) * self.visits(split.q_tiles)[1]
+        if split.bias_tiles is not None:
+            products += recomputed * self.visits(split.bias_tiles)[1]
+        return 2 * products * self.problem.heads_q
+
+    def forward_traffic(self) -> tuple[Term, ...]:
+        sizes = _Sizes.of(self.problem)
+        return (
+            Term(what="read q", num_bytes=sizes.q),
+            self._stream_kv(self.tiles, "read k, v"),
+            Term(what="write out, lse", num_bytes=sizes.out + sizes.lse),
+        )
+
+    def backward_traffic(self) -> tuple[Term, ...]:
+        """One kernel, in whose tiles of keys d_k and d_v are summed up, and d_q in memory."""
+        sizes, sum_bytes = _Sizes.of(self.problem), self.problem.head_dim * self.problem.accumulation_dtype.itemsize
+        return (
+            Term(what="read out, d_out, lse for delta", num_bytes=2 * sizes.out + sizes.lse),
+            Term(what="read k, v", num_bytes=sizes.k + sizes.v),
+            *self._stream_q("read q, d_out", sum_bytes),
+            Term(what="write d_q, d_k, d_v", num_bytes=sizes.q + sizes.k + sizes.v),
+        )
+
+    def split_traffic(self, split: SplitBackward) -> tuple[Term, ...]:
+        sizes, statistics = _Sizes.of(self.problem), _row_statistics(self.problem, split)
+        terms = [
+            Term(what="read out, d_out, lse for delta", num_bytes=2 * sizes.out + sizes.lse),
+            Term(what="d_k, d_v: read k, v", num_bytes=sizes.k + sizes.v),
+            *self._stream_q("d_k, d_v: read q, d_out"),
+        ]
+        kernels = [("d_q", split.q_tiles)]
+        if split.bias_tiles is not None:
+            kernels.append(("d_bias", split.bias_tiles))
+        for name, tiles in kernels:
+            terms.append(Term(what=f"{name}: read q, d_out", num_bytes=sizes.q + sizes.out))
+            terms.append(self._stream_kv(tiles, f"{name}: read k, v"))
+        num_passes = 2 + len(kernels)  # written once, read by the kernel for d_k and d_v and by each of these
+        terms.append(Term(what=f"write, read {statistics.what}", num_bytes=num_passes * statistics.num_bytes))
+        terms.append(Term(what="write d_q, d_k, d_v", num_bytes=sizes.q + sizes.k + sizes.v))
+        return tuple(terms)
+
+    def _stream_kv(self, tiles: Tiles, what: str) -> Term:
+        """Reads k and v past tiles of queries."""
+        sizes, row_bytes = _Sizes.of(self.problem), self._row_bytes
+        once = sizes.k + sizes.v
+        if _kv_rows_in_use(self.problem, tiles, self.tiling.num_programs) * row_bytes <= self.tiling.cache_bytes:
+            return Term(what=f"{what} once (the cache holds them)", num_bytes=once)
+        rows = self.problem.heads_kv * self.visits(tiles)[0] * min(tiles[1], self.problem.seqlen_kv)
+        return Term(what=f"{what} once per query tile", num_bytes=max(rows * row_bytes, once))
+
+    def _stream_q(self, what: str, sum_bytes: int = 0) -> list[Term]:
+        """Reads q and d_out past tiles of keys, and adds to ``sum_bytes`` of d_q beside each row."""
+        sizes, row_bytes = _Sizes.of(self.problem), self._row_bytes
+        once, rows = sizes.q + sizes.out, _q_rows_in_use(self.problem, self.tiles, self.tiling.num_programs)
+        if rows * (row_bytes + sum_bytes) <= self.tiling.cache_bytes:
+            return [Term(what=f"{what} once (the cache holds them)", num_bytes=once)]
+        rows = self.problem.heads_q * self.visits(self.tiles)[0] * min(self.tiles[0], self.problem.seqlen_q)
+        terms = [Term(what=f"{what} once per key tile", num_bytes=max(rows * row_bytes, once))]
+        return [*terms, Term(what="add to d_q per visit", num_bytes=2 * rows * sum_bytes)] if sum_bytes else terms
+
+    @property
+    def _row_bytes(self) -> int:
+        """A row of k and v, or of q and d_out."""
+        return (self.problem.head_dim + self.problem.head_dim_v) * self.problem.dtype.itemsize
+
+
+def _kv_rows_in_use(problem: AttentionProblem, tiles: Tiles, num_programs: int) -> int:
+    """Rows of K and V, over all heads, that the running programs share, each with a tile of queries."""
+    tiles_per_head = max(-(-problem.seqlen_q // tiles[0]), 1)
+    heads = min(-(-num_programs // (tiles_per_head * problem.heads_per_kv)), problem.batch * problem.heads_kv)
+    tiles_at_once = min(-(-num_programs // problem.heads_per_kv), tiles_per_head)
+    return heads * _within_reach(problem, problem.seqlen_kv, tiles_at_once * tiles[0])
+
+
+def _q_rows_in_use(problem: AttentionProblem, tiles: Tiles, num_programs: int) -> int:
+    """Rows of Q and d_out, over all heads, that the running programs share, each with a tile of keys."""
+    tiles_per_head = max(-(-problem.seqlen_kv // tiles[1]), 1)
+    heads = min(-(-num_programs // tiles_per_head), problem.batch * problem.heads_kv) * problem.heads_per_kv
+    return heads * _within_reach(problem, problem.seqlen_q, min(num_programs, tiles_per_head) * tiles[1])
+
+
+def _within_reach(problem: AttentionProblem, length: int, num_rows: int) -> int:
+    """How much of the other side's ``length`` adjacent rows reach."""
+    left, right = problem.mask.left, problem.mask.right
+    return length if left is None or right is None else min(length, num_rows + left + right)
+
+
+def _extra_backward(problem: AttentionProblem, tiling: Tiling) -> tuple[Term, ...]:
+    """d_k and d_v are summed up in tiles, d_q and the gradient of a bias in memory."""
+    itemsize, is_converted = problem.accumulation_dtype.itemsize, problem.dtype != problem.accumulation_dtype
+    rows = math.prod(problem.lse_shape)
+    if tiling.sequences_at_once is not None:
+        rows = min(rows, tiling.sequences_at_once * problem.heads_q * problem.seqlen_q)
+    terms, dtype = [Term(what="delta", num_bytes=rows * itemsize)], units.dtype_name(problem.accumulation_dtype)
+    if is_converted or tiling.sequences_at_once is not None:
+        terms.append(Term(what=f"{dtype} sums of d_q", num_bytes=rows * problem.head_dim * itemsize))
+    if is_converted and problem.bias_shape is not None and "bias" in problem.gradients:
+        terms.append(Term(what=f"{dtype} sums of d_bias", num_bytes=math.prod(problem.bias_shape) * itemsize))
+    return tuple(term for term in terms if term.num_bytes > 0)
+
+
+def _extra_split(problem: AttentionProblem, split: SplitBackward) -> tuple[Term, ...]:
+    """Every sum stays on chip, but for the shares of a bias that many pairs have in common."""
+    terms = [_row_statistics(problem, split)]
+    if "sinks" in problem.gradients:
+        terms.append(Term(what="d_sinks of each query row", num_bytes=_statistics_bytes(problem, split)))
+    if split.bias_shares > 1 and problem.bias_shape is not None:
+        num_sums = split.bias_shares + (problem.dtype != problem.accumulation_dtype)
+        num_bytes = num_sums * math.prod(problem.bias_shape) * problem.accumulation_dtype.itemsize
+        terms.append(Term(what="shares of d_bias", num_bytes=num_bytes))
     return tuple(terms)
+
+
+def _row_statistics(problem: AttentionProblem, split: SplitBackward) -> Term:
+    """lse_log2 and delta; with 32-bit inputs also what float32 rounds away from lse_log2."""
+    is_16bit = problem.dtype.itemsize == 2
+    return Term(
+        what="lse_log2, delta" if is_16bit else "lse_log2, its rest, delta",
+        num_bytes=(2 if is_16bit else 3) * _statistics_bytes(problem, split),
+    )
+
+
+def _statistics_bytes(problem: AttentionProblem, split: SplitBackward) -> int:
+    """One float32 number per query row and head; a packed batch needs up to a block more for each sequence."""
+    blocks = problem.batch * -(-problem.seqlen_q // split.rows_block)
+    if problem.layout == "varlen":
+        blocks = -(-problem.tokens_q // split.rows_block) + problem.batch
+    return problem.heads_q * blocks * split.rows_block * problem.accumulation_dtype.itemsize
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,153 @@
+"""What the kernels take, as named tuples: a few objects in place of dozens of pointers, strides and flags.
+
+The launcher fills them with tensors and numbers, and inside a kernel the same fields are pointers and scalars. A field
+that is ``None`` is known to be ``None`` when the kernel is compiled, so an option that is not used costs nothing and
+needs no flag.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.triton.constants import LOG2_E, STATISTICS_ROWS
+from flashtile.spec.dropout import drop_threshold
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
+
+
+class Matrix(NamedTuple):
+    """A tensor of [batch, heads, rows, columns], in that order of strides whatever the order in memory.
+
+    A broadcast axis has stride 0; packed tensors have batch stride 0, and rows count from the start of the buffer.
+    """
+
+    ptr: Any
+    batch_stride: Any
+    head_stride: Any
+    row_stride: Any
+    col_stride: Any
+
+
+class Statistics(NamedTuple):
+    """The backward's own number per query row and head, in whole blocks of rows; see ``STATISTICS_ROWS``."""
+
+    ptr: Any
+    batch_stride: Any
+    head_stride: Any
+
+
+class Slopes(NamedTuple):
+    """The ALiBi slope of each head, [batch, heads]."""
+
+    ptr: Any
+    batch_stride: Any
+    head_stride: Any
+
+
+class Softcap(NamedTuple):
+    """``cap * tanh(score / cap)``, with the factors that the kernel needs."""
+
+    scale_by_cap: Any
+    """scale / cap: from the product q @ k.T to tanh's argument."""
+    cap_log2: Any
+    """cap * log2(e)"""
+
+
+class Dropout(NamedTuple):
+    """The seed's address, the words below which a pair is dropped, and the factor of the survivors, 1 / (1 - p)."""
+
+    seed_ptr: Any
+    threshold: Any
+    survivor_scale: Any
+
+
+class Window(NamedTuple):
+    """How far a query sees to each side of its aligned position; ``None`` means unlimited."""
+
+    left: Any
+    right: Any
+
+
+class ScoreRules(NamedTuple):
+    """Everything between the product q @ k.T and the probabilities that are multiplied with V."""
+
+    scale_log2: Any
+    """scale * log2(e): scores are powers of two throughout."""
+    window: Window
+    softcap: Softcap | None
+    bias: Matrix | None
+    mask: Matrix | None
+    alibi: Slopes | None
+    dropout: Dropout | None
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of the batch lie: side by side (dense, both ``None``), or between boundaries (packed)."""
+
+    cu_seqlens_q: Any
+    cu_seqlens_kv: Any
+
+
+class Heads(NamedTuple):
+    """``num_q`` query heads, of which ``per_kv`` share each key/value head."""
+
+    num_q: Any
+    per_kv: Any
+
+
+def token_matrix(tensor: Tensor) -> Matrix:
+    """A tensor of [batch, tokens, heads, dim], or packed [tokens, heads, dim]."""
+    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    batch_stride, row_stride, head_stride = strides[:3] if tensor.dim() == 4 else (0, *strides[:2])
+    return Matrix(tensor, batch_stride, head_stride, row_stride, tensor.stride(-1))
+
+
+def pair_matrix(tensor: Tensor, problem: AttentionProblem) -> Matrix:
+    """A bias or mask that broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]."""
+    view = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    spread = view.expand(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
+    return Matrix(
+        view, *(0 if size == 1 else stride for size, stride in zip(spread.shape, spread.stride(), strict=True))
+    )
+
+
+def statistics(problem: AttentionProblem, fill: float, device: torch.device) -> Statistics:
+    """Memory for one number per query row, in whole blocks of rows; packed, what lies between is ``fill``."""
+    if problem.layout == "varlen":
+        length = (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
+        numbers = torch.full((problem.heads_q, length), fill, dtype=torch.float32, device=device)
+        return Statistics(numbers, STATISTICS_ROWS, length)
+    length = -(-problem.seqlen_q // STATISTICS_ROWS) * STATISTICS_ROWS
+    numbers = torch.empty((problem.batch, problem.heads_q, length), dtype=torch.float32, device=device)
+    return Statistics(numbers, problem.heads_q * length, length)
+
+
+def score_rules(problem: AttentionProblem, operands: Operands) -> ScoreRules:
+    """The problem's options, with the tensors that they come with."""
+    bias = operands.bias
+    is_plain = not (problem.softcap or problem.has_alibi or bias is not None)
+    if is_plain and problem.scale <= 0:
+        # Without these options the kernels find each row's maximum before they scale, which needs a positive scale.
+        bias = torch.zeros((), device=operands.q.device)
+    slopes = operands.alibi_slopes
+    return ScoreRules(
+        scale_log2=problem.scale * LOG2_E,
+        window=_window(problem),
+        softcap=Softcap(problem.scale / problem.softcap, problem.softcap * LOG2_E) if problem.softcap else None,
+        bias=None if bias is None else pair_matrix(bias, problem),
+        mask=None if operands.mask is None else pair_matrix(operands.mask, problem),
+        alibi=None if slopes is None else Slopes(slopes, *((0, *slopes.stride())[-2:])),
+        dropout=None
+        if operands.dropout_seed is None
+        else Dropout(operands.dropout_seed, drop_threshold(problem.dropout_p), 1 / (1 - problem.dropout_p)),
+    )
+
+
+def _window(problem: AttentionProblem) -> Window:
+    """Reaches beyond the sequences are cut to where they still reach everything, so that positions fit into 32 bits."""
+    farthest = problem.seqlen_q + problem.seqlen_kv
+    left, right = problem.mask.left, problem.mask.right
+    return Window(None if left is None else min(left, farthest), None if right is None else min(right, farthest))

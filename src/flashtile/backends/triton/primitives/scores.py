@@ -1,0 +1,130 @@
+"""What happens to a tile of raw products q @ k.T before the softmax: scale, softcap, bias and ALiBi, masks.
+
+Only this file knows these options. Scores come out as powers of two, after multiplication with ``unit_log2``: without
+softcap, bias and ALiBi the scale is left to the exponential, where the multiplication costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.backends.triton import constants
+from flashtile.backends.triton.primitives.addressing import row_pointer
+from flashtile.backends.triton.primitives.dropout import survivors
+from flashtile.backends.triton.primitives.masking import is_visible
+from flashtile.backends.triton.primitives.online_softmax import INF, LOG2_E
+
+HIDDEN_BELOW_LOG2 = tl.constexpr(constants.HIDDEN_BELOW_LOG2)
+
+
+class HeadRules(NamedTuple):
+    """The score rules as they apply to one query head of one sequence."""
+
+    rules: Any
+    sequence: Any
+    head_idx: Any
+
+
+class Tile(NamedTuple):
+    """Where a tile of scores lies within its sequence, and whether the window leaves every pair of it visible."""
+
+    q_begin: Any
+    kv_begin: Any
+    is_full: Any
+
+
+@triton.jit
+def unit_log2(rules):
+    """What turns the scores of ``scored`` into powers of two; positive."""
+    if rules.softcap is None and rules.bias is None and rules.alibi is None:
+        return rules.scale_log2
+    else:
+        return 1.0
+
+
+@triton.jit
+def scored(
+    product,
+    head,
+    tile,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """(scores, tanh) of a tile of products; ``tanh`` is that of the softcap, which its gradient needs, or the product.
+
+    Args:
+        product: [BLOCK_Q, BLOCK_KV] float32, or [BLOCK_KV, BLOCK_Q] if TRANSPOSED.
+    """
+    rules, sequence = head.rules, head.sequence
+    q_pos = tile.q_begin + tl.arange(0, BLOCK_Q)
+    kv_pos = tile.kv_begin + tl.arange(0, BLOCK_KV)
+    if TRANSPOSED:
+        q_pos, kv_pos = q_pos[None, :], kv_pos[:, None]
+    else:
+        q_pos, kv_pos = q_pos[:, None], kv_pos[None, :]
+
+    # Fused products are spelled out, for forward and backward to round alike: else p = exp2(s - lse) adds up to 1 + e.
+    s, capped, to_log2 = product, product, rules.scale_log2
+    if rules.softcap is not None:
+        capped = tanh(product * rules.softcap.scale_by_cap)
+        s, to_log2 = capped, rules.softcap.cap_log2
+    if rules.bias is not None:
+        bias_log2 = _element(rules.bias, head, q_pos, kv_pos).to(tl.float32) * LOG2_E
+        s = tl.fma(s, to_log2, bias_log2)
+        s = tl.where(s <= HIDDEN_BELOW_LOG2, -INF, s)
+    elif rules.softcap is not None or rules.alibi is not None:
+        s = tl.fma(s, to_log2, 0.0)
+    if rules.alibi is not None:
+        distance = q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos
+        s = tl.fma(tl.abs(distance.to(tl.float32)), -slope_log2(head), s)
+    if not tile.is_full:
+        s = tl.where(is_visible(rules.window, q_pos, kv_pos, sequence.seqlen_q, sequence.seqlen_kv), s, -INF)
+    if rules.mask is not None:
+        s = tl.where(_element(rules.mask, head, q_pos, kv_pos) != 0, s, -INF)
+    return s, capped
+
+
+@triton.jit
+def through_cap(d_s, capped, rules):
+    """The gradient of the scaled products from that of the scores: tanh' = 1 - tanh ** 2."""
+    if rules.softcap is not None:
+        d_s *= 1.0 - capped * capped
+    return d_s
+
+
+@triton.jit
+def survival(head, tile, TRANSPOSED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """The tile of factors that dropout puts on the probabilities; only for rules with dropout."""
+    dropout, batch_idx = head.rules.dropout, head.sequence.batch_idx
+    factors = survivors(dropout, batch_idx, head.head_idx, tile.q_begin, tile.kv_begin, BLOCK_Q, BLOCK_KV)
+    return tl.trans(factors) if TRANSPOSED else factors
+
+
+@triton.jit
+def slope_log2(head):
+    """The head's ALiBi slope, in powers of two per token."""
+    alibi = head.rules.alibi
+    offset = head.sequence.batch_idx * alibi.batch_stride + head.head_idx * alibi.head_stride
+    return tl.load(alibi.ptr + offset).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def tanh(x):
+    """tanh, to float32's precision at 0 too, where 1 - 2 / (exp(2 x) + 1) would lose it."""
+    square = x * x
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    direct = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(square < 0.0625, x * series, direct)
+
+
+@triton.jit
+def _element(matrix, head, q_pos, kv_pos):
+    """Elements of a bias or mask at positions that broadcast against each other; 0 beyond the sequence's end."""
+    sequence = head.sequence
+    base = row_pointer(matrix, sequence.batch_idx, head.head_idx, 0)
+    pointers = base + q_pos.to(tl.int64) * matrix.row_stride + kv_pos.to(tl.int64) * matrix.col_stride
+    return tl.load(pointers, mask=(q_pos < sequence.seqlen_q) & (kv_pos < sequence.seqlen_kv), other=0)

@@ -1,0 +1,286 @@
+"""The tile tables: one literal row per GPU family, kernel, item size and head width. Nothing is tuned at run time.
+
+The sm_90 rows for 16-bit inputs up to width 256 were chosen by timing candidates on an H200 (docs/triton.md). All
+others are the largest candidates that do not spill registers and fit the family's shared memory, as the compiler
+reports; nobody has timed them yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashtile.backends.base import TileConfig
+from flashtile.backends.triton.constants import STATISTICS_ROWS
+from flashtile.spec.devices import KIB, DeviceSpec
+from flashtile.spec.problem import AttentionProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuTiles(TileConfig):
+    """Tiles of a GPU kernel, and how it is compiled."""
+
+    num_warps: int
+    num_stages: int
+    """Tiles of the streamed operands in flight."""
+
+
+FAMILIES = {"sm_90": 227 * KIB, "sm_80": 163 * KIB, "sm_86": 99 * KIB, "gfx942": 64 * KIB}
+"""Shared memory per program decides the family: newer GPUs use the rows of the largest that fits them."""
+
+KERNELS = ("forward", "backward_kv", "backward_q", "bias_gradient")
+WIDTHS = (64, 128, 256, 512)
+
+Row = tuple[int, int, int, int]
+"""(block_q, block_kv, num_warps, num_stages)"""
+
+_TABLE: dict[str, dict[tuple[str, int], dict[int, tuple[Row | None, Row | None, Row | None]]]] = {
+    "sm_90": {
+        ("forward", 2): {
+            64: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+            256: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+            512: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        },
+        ("forward", 4): {
+            64: ((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+            128: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            512: ((32, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+        },
+        ("backward_kv", 2): {
+            64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+            128: ((64, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+            256: ((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            512: ((32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
+        },
+        ("backward_kv", 4): {
+            64: ((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            128: ((32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+            256: ((32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+            512: ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+        },
+        ("backward_q", 2): {
+            64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+            256: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            512: ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        },
+        ("backward_q", 4): {
+            64: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            128: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            256: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            512: ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+        },
+        ("bias_gradient", 2): {
+            64: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+            128: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1)),
+            512: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+        },
+        ("bias_gradient", 4): {
+            64: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+            128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    },
+    "sm_80": {
+        ("forward", 2): {
+            64: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
+            128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
+            256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+            512: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+        },
+        ("forward", 4): {
+            64: ((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+            128: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            512: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        },
+        ("backward_kv", 2): {
+            64: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+            128: ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+            256: ((64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            512: ((32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+        },
+        ("backward_kv", 4): {
+            64: ((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            128: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            256: ((32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+            512: ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+        },
+        ("backward_q", 2): {
+            64: ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)),
+            128: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            256: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+            512: ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+        },
+        ("backward_q", 4): {
+            64: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            128: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            256: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            512: (None, (16, 16, 4, 2), (16, 16, 4, 2)),
+        },
+        ("bias_gradient", 2): {
+            64: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 4, 1)),
+            128: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 8, 1)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            512: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+        },
+        ("bias_gradient", 4): {
+            64: ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+            128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    },
+    "sm_86": {
+        ("forward", 2): {
+            64: ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3)),
+            256: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            512: ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+        },
+        ("forward", 4): {
+            64: ((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+            128: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            512: ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+        },
+        ("backward_kv", 2): {
+            64: ((64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+            128: ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+            256: ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            512: ((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+        },
+        ("backward_kv", 4): {
+            64: ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+            128: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            256: ((16, 32, 8, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+            512: (None, None, None),
+        },
+        ("backward_q", 2): {
+            64: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+            128: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            256: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+            512: ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
+        },
+        ("backward_q", 4): {
+            64: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+            256: ((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+            512: (None, None, None),
+        },
+        ("bias_gradient", 2): {
+            64: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+            128: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 4, 1)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            512: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+        },
+        ("bias_gradient", 4): {
+            64: ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+            128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    },
+    "gfx942": {
+        ("forward", 2): {
+            64: ((128, 64, 8, 3), (16, 32, 4, 2), (16, 16, 4, 2)),
+            128: ((128, 64, 8, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+            256: ((64, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+            512: ((32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+        },
+        ("forward", 4): {
+            64: ((64, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+            128: ((64, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+            256: ((32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+            512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        },
+        ("backward_kv", 2): {
+            64: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+            128: ((32, 32, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
+            256: ((16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 8, 1)),
+            512: ((16, 16, 4, 2), (16, 16, 4, 1), None),
+        },
+        ("backward_kv", 4): {
+            64: ((32, 32, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
+            128: ((16, 32, 4, 2), (16, 32, 8, 1), (16, 32, 8, 1)),
+            256: ((16, 32, 4, 2), (16, 16, 4, 2), None),
+            512: (None, None, None),
+        },
+        ("backward_q", 2): {
+            64: ((128, 64, 8, 3), (32, 32, 8, 1), (16, 16, 4, 2)),
+            128: ((64, 64, 4, 2), (32, 32, 8, 1), (16, 16, 4, 2)),
+            256: ((64, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+            512: ((32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+        },
+        ("backward_q", 4): {
+            64: ((128, 32, 8, 2), (32, 32, 8, 1), (16, 32, 4, 2)),
+            128: ((64, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
+            256: ((32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+            512: (None, None, None),
+        },
+        ("bias_gradient", 2): {
+            64: ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+            128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            512: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+        },
+        ("bias_gradient", 4): {
+            64: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+            128: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1)),
+            256: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+            512: ((16, 16, 4, 1), (16, 16, 4, 1), None),
+        },
+    },
+}
+"""Family -> (kernel, bytes of an item) -> width of a head -> rows by what is computed for each pair (``demand``).
+
+``None`` where no tiles fit.
+"""
+
+_WITHOUT_WINDOW: dict[tuple[str, str, int, int], Row] = {("sm_90", "forward", 2, 128): (128, 128, 8, 2)}
+"""Where problems that no window limits have a better row."""
+
+
+def padded(head_dim: int) -> int:
+    """The width of a tile that holds a head: the matrix units take powers of two from 16 on."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def family(device: DeviceSpec) -> str:
+    """The table that serves a device."""
+    if device.kind in ("cpu", "rocm"):  # on a CPU the interpreter runs, and no tile is better than another
+        return "gfx942"
+    return next((name for name, size in FAMILIES.items() if device.shared_memory_bytes >= size), "gfx942")
+
+
+def demand(problem: AttentionProblem) -> int:
+    """What a pair needs beyond its product: 0 nothing but a window, 1 other changes of its score, 2 random numbers."""
+    if problem.dropout_p > 0:
+        return 2
+    has_pair_operand = problem.bias_shape is not None or problem.mask_shape is not None
+    return int(has_pair_operand or problem.has_alibi or problem.softcap > 0)
+
+
+def tiles_for(problem: AttentionProblem, table: str) -> dict[str, GpuTiles]:
+    """The tiles of the problem's kernels by name, from one family's table; those that fit nowhere are left out."""
+    width = max(WIDTHS[0], padded(problem.head_dim), padded(problem.head_dim_v))
+    itemsize, column = problem.dtype.itemsize, demand(problem)
+    rows: dict[str, Row | None] = {"row_statistics": (max(8, min(STATISTICS_ROWS, 4096 // width)), 1, 4, 1)}
+    for kernel in kernels_of(problem):
+        key = (table, kernel, itemsize, width)
+        rows[kernel] = _TABLE[table][kernel, itemsize][width][column]
+        if column == 0 and problem.mask.is_unlimited:
+            rows[kernel] = _WITHOUT_WINDOW.get(key, rows[kernel])
+    return {
+        kernel: GpuTiles(block_q=row[0], block_kv=row[1], num_warps=row[2], num_stages=row[3])
+        for kernel, row in rows.items()
+        if row is not None
+    }
+
+
+def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
+    """The kernels with a row in the tables that the problem runs, forward and backward."""
+    return KERNELS if "bias" in problem.gradients else KERNELS[:-1]

@@ -1,0 +1,180 @@
+"""Compiles the Triton kernels of one family's tile table for a GPU that is not there, and tells what they need.
+
+    python triton_variants.py FAMILY KERNEL COLUMNS     prints one JSON object per variant
+
+It goes through the launcher, with a driver that only knows the target: what is compiled is what would be launched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from flashtile.backends.base import KernelPlan, Saved
+from flashtile.backends.triton import launch, plan, tiles
+from flashtile.spec import devices, validation
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DEVICES = {"sm_80": "a100", "sm_86": "l40s", "sm_90": "h200", "gfx942": "mi300x"}
+BATCH, SEQLEN, HEADS_Q, HEADS_KV = 2, 256, 4, 2
+
+
+class TargetOnly:
+    """A Triton driver that can say which GPU to compile for, and nothing else."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002  (the interface that Triton calls)
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def options(column: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything at once that a column of the tables stands for."""
+    pairs = (BATCH, HEADS_Q, SEQLEN, SEQLEN)
+    found: dict[str, Any] = {
+        "causal": True,
+        "window": (100, 0),
+        "scale": None,
+        "softcap": 0.0,
+        "bias": None,
+        "mask": None,
+        "alibi_slopes": None,
+        "sinks": torch.ones(HEADS_Q),
+        "dropout_p": 0.0,
+        "dropout_seed": None,
+        "deterministic": False,
+    }
+    if column >= 1:
+        bias = torch.zeros(pairs, dtype=dtype, requires_grad=True)
+        found |= {"softcap": 30.0, "alibi_slopes": torch.ones(HEADS_Q)}
+        found |= {"bias": bias, "mask": torch.ones(pairs, dtype=torch.bool)}
+    if column >= 2:
+        found |= {"dropout_p": 0.1, "dropout_seed": 1}
+    return found
+
+
+def compiled(
+    family: str, kernel: str, column: int, width: int, dtype: torch.dtype, heads_kv: int = HEADS_KV, **changes: Any
+) -> Any:
+    """The compiled kernel that a launch with these inputs would run."""
+    shape = (BATCH, SEQLEN, HEADS_Q, width)
+    q = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    k, v = (torch.zeros(BATCH, SEQLEN, heads_kv, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    call = options(column, dtype) | changes
+    problem, operands = validation.check_call(q, k, v, **call, wants_lse=True, is_packed=False)
+    wanted = {"forward": (), "backward_kv": ("k", "v"), "backward_q": ("q",), "bias_gradient": ("bias",)}[kernel]
+    problem = replace(problem, gradients=frozenset(wanted))
+    return launched(family, problem, operands)[kernel]
+
+
+def compiled_packed(family: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Every kernel for packed sequences, by name, with a gradient of the lse."""
+    q = torch.zeros(SEQLEN, HEADS_Q, 64, dtype=dtype, requires_grad=True)
+    k, v = (torch.zeros(SEQLEN, HEADS_KV, 64, dtype=dtype, requires_grad=True) for _ in range(2))
+    boundaries = torch.tensor([0, 100, SEQLEN], dtype=torch.int32)
+    packing = {"cu_seqlens_q": boundaries, "cu_seqlens_kv": boundaries, "max_seqlen_q": SEQLEN, "max_seqlen_kv": SEQLEN}
+    call = options(2, dtype) | packing
+    problem, operands = validation.check_call(q, k, v, **call, wants_lse=True, is_packed=True)
+    return launched(family, problem, operands)
+
+
+def launched(family: str, problem: AttentionProblem, operands: Operands) -> dict[str, Any]:
+    """What the launcher would launch, forward and backward, compiled, by the kernels' names."""
+    made = plan.plan(problem, devices.by_name(DEVICES[family]))
+    kernels: dict[str, Any] = {}
+
+    def compile_only(function: Any, planned: KernelPlan, *args: Any, **constants: Any) -> None:
+        row = planned.tiles
+        assert isinstance(row, tiles.GpuTiles)
+        constants |= {"BLOCK_Q": row.block_q, "BLOCK_KV": row.block_kv}
+        constants |= {"num_warps": row.num_warps, "num_stages": row.num_stages}
+        kernels[planned.kernel] = function.warmup(*args, grid=(1,), **constants)
+
+    launch._launch = compile_only
+    with torch.no_grad():
+        if not problem.gradients:
+            launch.forward(problem, operands, made)
+            return kernels
+        if problem.layout == "varlen":
+            launch.forward(problem, operands, made)
+        saved = Saved(out=torch.zeros(problem.out_shape, dtype=problem.dtype), lse=torch.zeros(problem.lse_shape))
+        launch.backward(problem, operands, saved, torch.zeros_like(saved.out), torch.zeros_like(saved.lse), made)
+    return kernels
+
+
+def needs(kernel: Any) -> dict[str, int]:
+    """Registers, bytes spilled and bytes of shared memory, as the compiler's output states them."""
+    found = {"shared": kernel.metadata.shared}
+    if "cubin" not in kernel.asm:
+        assembly = kernel.asm["amdgcn"]
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        spilled = [int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+        assert registers is not None and spilled
+        return found | {"registers": int(registers[1]), "spills": 4 * max(spilled)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    return found | {"registers": int(match[1]), "spills": int(match[2])}
+
+
+def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """What every row of the family's table needs, and the rows for problems without a window; or all kernels packed."""
+    if kernel == "packed":
+        for dtype in (torch.bfloat16, torch.float32):
+            for name, found in compiled_packed(family, dtype).items():
+                yield {"dtype": str(dtype), "width": 64, "column": name, **needs(found)}
+        return
+    for dtype, width in itertools.product((torch.bfloat16, torch.float32), tiles.WIDTHS):
+        for column in columns:
+            rows = [tiles._TABLE[family][name, dtype.itemsize][width][column] for name in tiles.KERNELS]
+            if None in rows:
+                continue  # the planner declines such problems
+            if column > 0 or kernel != "bias_gradient":
+                found = needs(compiled(family, kernel, column, width, dtype))
+                yield {"dtype": str(dtype), "width": width, "column": column, **found}
+        key = (family, kernel, dtype.itemsize, width)
+        if 0 in columns and key in tiles._WITHOUT_WINDOW:
+            found = needs(compiled(family, kernel, 0, width, dtype, heads_kv=HEADS_Q, causal=False, window=None))
+            yield {"dtype": str(dtype), "width": width, "column": "full", **found}
+
+
+if __name__ == "__main__":
+    table, name, chosen = sys.argv[1:]
+    driver.set_active(cast(Any, TargetOnly(TARGETS[table])))
+    for variant in variants(table, name, tuple(int(column) for column in chosen.split(","))):
+        print(json.dumps(variant), flush=True)

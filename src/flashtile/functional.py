@@ -40,6 +40,7 @@ def attention(
         scale: factor on q @ k.T; default head_dim ** -0.5.
         softcap: c > 0 replaces scores s by c * tanh(s / c) before bias and masks; 0 means none.
         bias: floating point, added to the scores; broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]; differentiable.
+            Where it brings a score to half of float32's smallest number or below, the pair is hidden, as with -inf.
         mask: boolean, True = may attend; broadcasts to [batch, heads_q, seqlen_q, seqlen_kv].
         alibi_slopes: [heads_q] or [batch, heads_q]; adds -slope * |i + seqlen_kv - seqlen_q - j|.
         sinks: [heads_q]; adds exp(sink) to the softmax denominator of its head; differentiable.

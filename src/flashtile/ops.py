@@ -8,6 +8,9 @@ There are two, and each hides everything from planning to the kernels, so a grap
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
@@ -31,7 +34,7 @@ _OPTIONS = (
     "float softcap, float dropout_p, bool deterministic, str gradients, str backend"
 )
 _NUM_INPUTS = _OPERANDS.count(",") + _OPTIONS.count(",") + 2
-_TENSOR_FIELDS = (
+_TENSOR_FIELDS = (  # of Operands, in the order of _OPERANDS
     "q",
     "k",
     "v",
@@ -43,6 +46,20 @@ _TENSOR_FIELDS = (
     "cu_seqlens_q",
     "cu_seqlens_kv",
 )
+_NUM_TENSORS = len(_TENSOR_FIELDS)
+_MAX_PREPARED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """What follows from the shapes, dtypes and options of a call alone; looked up when they come again."""
+
+    problem: AttentionProblem
+    plan: Plan
+    launcher: Launcher
+
+
+_prepared: dict[tuple[Any, ...], _Prepared] = {}
 
 
 def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tuple[Tensor, Tensor]:
@@ -50,7 +67,16 @@ def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tu
     _refuse_forward_mode(operands)
     is_packed = problem.layout == "varlen"
     return torch.ops.flashtile.attention_forward.default(
-        *(getattr(operands, name) for name in _TENSOR_FIELDS),
+        operands.q,
+        operands.k,
+        operands.v,
+        operands.bias,
+        operands.mask,
+        operands.alibi_slopes,
+        operands.sinks,
+        operands.dropout_seed,
+        operands.cu_seqlens_q,
+        operands.cu_seqlens_kv,
         problem.seqlen_q if is_packed else None,
         problem.seqlen_kv if is_packed else None,
         problem.mask.left,
@@ -65,20 +91,21 @@ def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tu
 
 
 def _attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    problem, operands, plan = _stated(inputs)
-    if operands.q.device.type == "cpu" or settings.checks_values_on_gpu():
-        validation.check_values(problem, operands)
-    with torch.autocast(operands.q.device.type, enabled=False):  # a caller's autocast must not reach our own products
-        return _launcher(plan).forward(problem, operands, plan)
+    operands, call = _stated(inputs)
+    device = operands.q.device.type
+    if operands.cu_seqlens_q is not None and (device == "cpu" or settings.checks_values_on_gpu()):
+        validation.check_values(call.problem, operands)
+    with _without_autocast(device):
+        return call.launcher.forward(call.problem, operands, call.plan)
 
 
 def _attention_backward(
     d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> list[Tensor]:
-    problem, operands, plan = _stated(inputs)
-    with torch.autocast(operands.q.device.type, enabled=False):
-        grads = _launcher(plan).backward(problem, operands, Saved(out=out, lse=lse), d_out, d_lse, plan)
-    return [cast(Tensor, getattr(grads, name)) for name in _wanted(problem.gradients)]
+    operands, call = _stated(inputs)
+    with _without_autocast(operands.q.device.type):
+        grads = call.launcher.backward(call.problem, operands, Saved(out=out, lse=lse), d_out, d_lse, call.plan)
+    return [cast(Tensor, getattr(grads, name)) for name in _wanted(call.problem.gradients)]
 
 
 def _refuse_forward_mode(operands: Operands) -> None:
@@ -92,10 +119,25 @@ def _refuse_forward_mode(operands: Operands) -> None:
             raise UnsupportedProblem(f"No kernel has forward-mode derivatives, and {name} has a tangent; {remedy}.", {})
 
 
-def _stated(inputs: tuple[Any, ...]) -> tuple[AttentionProblem, Operands, Plan]:
-    """The op's flat inputs as the three objects they stand for."""
-    operands, options = Operands(**dict(zip(_TENSOR_FIELDS, inputs, strict=False))), inputs[len(_TENSOR_FIELDS) :]
-    max_seqlen_q, max_seqlen_kv, left, right, scale, softcap, dropout_p, deterministic, gradients, backend = options
+def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, _Prepared]:
+    """The op's flat inputs as the objects they stand for."""
+    tensors, options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
+    operands = Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
+    backend = dispatch.resolved(options[-1])
+    shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+    key = (operands.q.device, operands.q.dtype, *shapes, *options[:-1], backend)
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _prepare(operands, options[:-1], backend)
+        if len(_prepared) >= _MAX_PREPARED:
+            _prepared.clear()
+        _prepared[key] = prepared
+    dispatch.check_fallback(prepared.plan, backend)
+    return operands, prepared
+
+
+def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> _Prepared:
+    max_seqlen_q, max_seqlen_kv, left, right, scale, softcap, dropout_p, deterministic, gradients = options
     problem = AttentionProblem.of(
         operands,
         mask=MaskSpec(left=left, right=right),
@@ -107,11 +149,15 @@ def _stated(inputs: tuple[Any, ...]) -> tuple[AttentionProblem, Operands, Plan]:
         max_seqlen_q=max_seqlen_q,
         max_seqlen_kv=max_seqlen_kv,
     )
-    return problem, operands, dispatch.choose(problem, devices.detect(operands.q.device), backend)
+    plan = dispatch.choose(problem, devices.detect(operands.q.device), backend)
+    launcher = cast(Launcher, import_module(f"flashtile.backends.{plan.backend}.launch"))
+    return _Prepared(problem=problem, plan=plan, launcher=launcher)
 
 
-def _launcher(plan: Plan) -> Launcher:
-    return cast(Launcher, import_module(f"flashtile.backends.{plan.backend}.launch"))
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A caller's autocast must not reach our own products; entering a context that changes nothing is slow."""
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 def _wanted(gradients: frozenset[str] | list[str]) -> list[str]:
@@ -133,21 +179,27 @@ def _fake_backward(d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse:
     return [torch.empty_like(tensors[name], memory_format=torch.contiguous_format) for name in _wanted(gradients)]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _forward_and_save(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _below_autograd(torch.ops.flashtile.attention_forward.default, keys, inputs)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[: len(_TENSOR_FIELDS)])
-    ctx.options = inputs[len(_TENSOR_FIELDS) :]
+    ctx.save_for_backward(out, lse, *inputs[:_NUM_TENSORS])
+    ctx.options = inputs[_NUM_TENSORS:]
+    return out, lse
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     # The gradients wanted when the op was called may not be those wanted now: export and vmap trace before they know.
-    wanted = [name for name in DIFFERENTIABLE if ctx.needs_input_grad[_TENSOR_FIELDS.index(name)]]
+    needed = dict(zip(_TENSOR_FIELDS, ctx.needs_input_grad[1:], strict=False))
+    wanted = [name for name in DIFFERENTIABLE if needed[name]]
     gradients = ",".join(sorted(wanted if d_lse is None else [*wanted, "lse"]))
     *saved_and_options, _, backend = *ctx.saved_tensors, *ctx.options
     found = torch.ops.flashtile.attention_backward.default(d_out, d_lse, *saved_and_options, gradients, backend)
     grads = dict(zip(wanted, found, strict=True))
-    q, k, v, bias, sinks = (grads.get(name) for name in DIFFERENTIABLE)
-    return (q, k, v, bias, None, None, sinks, *(None,) * (_NUM_INPUTS - 7))
+    return (None, *(grads.get(name) for name in _TENSOR_FIELDS), *(None,) * len(ctx.options))
+
+
+def _backward_alone(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(_below_autograd(torch.ops.flashtile.attention_backward.default, keys, inputs))
 
 
 def _refuse_second_derivative(*_: Any) -> None:
@@ -156,17 +208,47 @@ def _refuse_second_derivative(*_: Any) -> None:
     )
 
 
-# torch.library.custom_op would do the same, but loads the compiler, seconds of imports, at the first call.
+def _autograd_node(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """An autograd function of (the dispatcher's keys, the op's flat inputs)."""
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+
+_AttentionForward = _autograd_node("FlashtileAttention", _forward_and_save, _differentiate)
+_AttentionBackward = _autograd_node("FlashtileAttentionBackward", _backward_alone, _refuse_second_derivative)
+
+
+def _autograd_forward(keys: Any, *inputs: Any) -> Any:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return _AttentionForward.apply(keys, *inputs)
+    return _below_autograd(torch.ops.flashtile.attention_forward.default, keys, inputs)
+
+
+def _autograd_backward(keys: Any, *inputs: Any) -> Any:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return list(_AttentionBackward.apply(keys, *inputs))
+    return _below_autograd(torch.ops.flashtile.attention_backward.default, keys, inputs)
+
+
+def _below_autograd(op: Any, keys: Any, inputs: tuple[Any, ...]) -> Any:
+    """Hands the op to the dispatcher's next layer."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+
+# torch.library.custom_op would do the same, but loads the compiler, seconds of imports, at the first call; and
+# torch.library.register_autograd asks the schema for each argument's default, 0.1 ms in every call.
 _library = torch.library.Library("flashtile", "DEF")
 _library.define(f"attention_forward({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     f"attention_backward(Tensor? d_out, Tensor? d_lse, Tensor out, Tensor lse, {_OPERANDS}, {_OPTIONS}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-for _name, _kernel, _fake, _derivative, _save in (
-    ("attention_forward", _attention_forward, _fake_forward, _differentiate, _save_for_backward),
-    ("attention_backward", _attention_backward, _fake_backward, _refuse_second_derivative, None),
+for _name, _kernel, _fake, _autograd in (
+    ("attention_forward", _attention_forward, _fake_forward, _autograd_forward),
+    ("attention_backward", _attention_backward, _fake_backward, _autograd_backward),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"flashtile::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"flashtile::{_name}", _derivative, setup_context=_save, lib=_library)

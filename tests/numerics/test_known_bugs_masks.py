@@ -14,6 +14,7 @@ import pytest
 import torch
 from runners import BACKENDS, CPU, RUNNERS, Backend, Runner, assert_dtypes, check
 
+from flashtile.spec import masks
 from flashtile.testing import Call, CallSpec, assert_results_within_budget, cu_seqlens_of, make_tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,20 +50,60 @@ def test_fully_masked_rows(runner: Runner, how: str, causal: bool, dtype: torch.
     assert bool((results.gradients["q"][:, rows] == 0).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_rows_masked_by_the_smallest_number(runner: Runner, dtype: torch.dtype) -> None:
-    """PT#103749: an additive finfo.min hides nothing by our contract: such a row averages the values, without NaN."""
-    call, rows = hidden_rows_call("finfo.min", dtype)
+def test_rows_masked_by_the_smallest_number(runner: Runner, causal: bool, dtype: torch.dtype) -> None:
+    """PT#103749: rows whose bias is finfo.min throughout see nothing, also where a loss reaches them."""
+    call, rows = hidden_rows_call("finfo.min", dtype, causal=causal)
     d_out = make_tensor(call.out_shape, dtype=dtype, seed=1)
-    d_out[:, rows] = 0  # as in training, where such rows are padding and no loss reaches them
+    d_lse = make_tensor(call.lse_shape, seed=2)
+    results = runner.run(call, d_out, d_lse)
+    assert bool((results.out[:, rows] == 0).all())
+    assert bool((results.lse[:, :, rows] == -math.inf).all())
+    assert bool((results.gradients["q"][:, rows] == 0).all())
+    assert bool((results.gradients["bias"][:, :, rows] == 0).all())
+    assert_results_within_budget(results, call, d_out=d_out, d_lse=d_lse)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_float16_has_no_number_that_hides(runner: Runner) -> None:
+    """float16's finfo.min, -65504, is an ordinary score: such a row averages its values, and a loss reaches them."""
+    call, rows = hidden_rows_call("finfo.min", torch.float16)
+    d_out = make_tensor(call.out_shape, dtype=torch.float16, seed=1)
     results = runner.run(call, d_out, None)
-    mean = call.v.double().mean(dim=1, keepdim=True).expand(-1, 9, -1, -1)
-    if dtype != torch.float16:  # whose smallest number, -65504, does not absorb the scores
-        torch.testing.assert_close(results.out[:, rows].double(), mean, rtol=0, atol=2 * torch.finfo(dtype).eps)
-    assert_results_within_budget(results, call, d_out=d_out)
-    gradients = runner.run(call, torch.ones_like(d_out), None).gradients
-    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    assert bool((results.lse[:, :, rows] < -65000).all() & (results.lse[:, :, rows] > -66000).all())
+    assert bool((results.out[:, rows] != 0).any(dim=-1).all())
+    assert all(bool(gradient.isfinite().all()) for gradient in results.gradients.values())
+    d_out[:, rows] = 0  # float32 knows lse beside -65504 only to 0.004
+    assert_results_within_budget(runner.run(call, d_out, None), call, d_out=d_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_keys_masked_by_the_smallest_number(runner: Runner, dtype: torch.dtype) -> None:
+    """finfo.min on some keys of a row gives, bit for bit, what a boolean mask gives; so does HIDDEN_BELOW itself."""
+    call = CallSpec(lengths_q=(40,), lengths_kv=(40,), heads_kv=2, head_dim=16, head_dim_v=16, dtype=dtype).build()
+    mask = make_tensor((1, 1, 40, 40), seed=5) > 0
+    d_out = make_tensor(call.out_shape, dtype=dtype, seed=1)
+    expected = runner.run(replace(call, options={"mask": mask, "bias": torch.zeros(1, 1, 40, 40)}), d_out, None)
+    for lowest in (torch.finfo(dtype).min, masks.HIDDEN_BELOW):
+        bias = torch.zeros(1, 1, 40, 40).masked_fill(~mask, lowest)
+        results = runner.run(replace(call, options={"bias": bias}), d_out, None)
+        for name, found in results.named().items():
+            assert torch.equal(found, expected.named()[name]), name
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_number_above_the_threshold_hides_nothing(runner: Runner) -> None:
+    """Next to HIDDEN_BELOW on its finite side a row averages its values, as softmax of equal scores does."""
+    call, rows = hidden_rows_call("mask", torch.float32)
+    bias = torch.zeros(1, 1, 40, 40)
+    bias[:, :, rows] = masks.HIDDEN_BELOW * (1 - 2**-20)
+    results = runner.run(replace(call, options={"bias": bias}), torch.ones(call.out_shape), None)
+    mean = call.v.mean(dim=1, keepdim=True).expand(-1, 9, -1, -1)
+    torch.testing.assert_close(results.out[:, rows], mean)
+    assert all(bool(gradient.isfinite().all()) for gradient in results.gradients.values())
 
 
 @pytest.mark.parametrize("bias_like", ["all-true mask", "bias"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runners import CPU, NAIVE, RUNNERS, TILED_16BIT, Runner, check
 
-from flashtile.backends.cpu.plan import TILES
+from flashtile.backends.cpu.plan import FEW_HEADS, LONG, TILES, WIDE
 from flashtile.testing import CallSpec
 
 SMALL_Q, SMALL_KV = (0, 1, 7, 8, 9), (0, 1, 15, 16, 17, 33)
@@ -87,8 +87,10 @@ def test_16_bit_products_cross_the_edges_of_tiles() -> None:
             check(TILED_16BIT, spec)
 
 
-def test_more_keys_than_the_planner_calls_short() -> None:
-    check(CPU, CallSpec(lengths_q=(600,), lengths_kv=(2100,), dtype=torch.bfloat16, causal=True), is_small=False)
+@pytest.mark.parametrize("heads", [FEW_HEADS, FEW_HEADS + 1])
+def test_more_keys_than_the_planner_calls_short(heads: int) -> None:
+    spec = CallSpec(lengths_q=(530,), lengths_kv=(LONG + 5,), heads_kv=heads, head_dim=WIDE, head_dim_v=WIDE)
+    check(CPU, replace(spec, dtype=torch.bfloat16, causal=True), is_small=False)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (1, 3), (2, 4), (5, 2)], ids=str)

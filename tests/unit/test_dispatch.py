@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import flashtile
-from flashtile import FallbackRefused, InvalidArgument, UnsupportedProblem, dispatch
+from flashtile import FallbackRefused, InvalidArgument, UnsupportedProblem, dispatch, ops
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
 from flashtile.spec import devices
 from flashtile.spec.devices import DeviceSpec
@@ -196,3 +198,52 @@ def test_an_unknown_backend_is_a_wrong_argument_that_lists_the_known(backend: ob
 @pytest.mark.parametrize("backend", ["auto", *dispatch.BACKENDS])
 def test_known_backends_pass(backend: str) -> None:
     dispatch.check_backend(backend)
+
+
+class TestPreparedCalls:
+    """Calls of shapes and options that came before are looked up; what the lookup must not forget."""
+
+    def test_the_environment_still_decides_between_two_equal_calls(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ran: list[str] = []
+        for name in ("cpu", "naive"):
+            launcher = importlib.import_module(f"flashtile.backends.{name}.launch")
+            monkeypatch.setattr(launcher, "forward", recording(launcher.forward, name, ran))
+        q, k, v = torch.randn(3, 1, 5, 1, 8).unbind()
+        for backend in ("auto", "naive", "cpu", ""):
+            monkeypatch.setenv("FLASHTILE_BACKEND", backend)
+            flashtile.attention(q, k, v)
+        assert ran == ["cpu", "naive", "cpu", "cpu"]
+
+    def test_strict_mode_still_refuses_a_call_that_came_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "_prepared", {})
+        monkeypatch.setattr(dispatch.BACKENDS["cpu"], "rejects", lambda *_: ("not today",))
+        q, k, v = torch.randn(3, 1, 6, 1, 8).unbind()
+        dispatch._choose.cache_clear()
+        try:
+            assert flashtile.attention(q, k, v).shape == q.shape
+            monkeypatch.setenv("FLASHTILE_STRICT", "1")
+            with pytest.raises(FallbackRefused):
+                flashtile.attention(q, k, v)
+        finally:
+            dispatch._choose.cache_clear()
+
+    def test_equal_calls_share_one_entry_and_the_number_of_entries_is_bounded(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepared: dict[Any, Any] = {}
+        monkeypatch.setattr(ops, "_prepared", prepared)
+        monkeypatch.setattr(ops, "_MAX_PREPARED", 3)
+        for seqlen in (4, 4, 5, 4):
+            flashtile.attention(*torch.randn(3, 1, seqlen, 1, 8).unbind())
+        assert len(prepared) == 2
+        for seqlen in range(1, 20):
+            flashtile.attention(*torch.randn(3, 1, seqlen, 1, 8).unbind())
+        assert 1 <= len(prepared) <= 3
+
+
+def recording(function: Callable[..., Any], name: str, ran: list[str]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        ran.append(name)
+        return function(*args)
+
+    return run

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from flashtile.spec.problem import MaskSpec
 
+HIDDEN_BELOW = torch.finfo(torch.float32).min / 2
+"""A score at or below this after a bias hides its pair, as -inf does. People mask with finfo.min, and a row masked so
+throughout sees nothing: its softmax would be that of rounding errors, and float32's lse could not hold log(n) beside
+-3.4e38 for the backward."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileRange:

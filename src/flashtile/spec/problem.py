@@ -115,9 +115,9 @@ class AttentionProblem:
         max_seqlen_kv: int | None = None,
     ) -> AttentionProblem:
         """The problem that checked operands and options pose; ``max_seqlen_*`` are given for packed operands only."""
-        q, k, v = operands.q, operands.k, operands.v
+        q_shape, k_shape = operands.q.shape, operands.k.shape
         if operands.cu_seqlens_q is None:
-            layout, batch, seqlen_q, seqlen_kv = "dense", q.shape[0], q.shape[1], k.shape[1]
+            layout, batch, seqlen_q, seqlen_kv = "dense", q_shape[0], q_shape[1], k_shape[1]
             tokens_q, tokens_kv = batch * seqlen_q, batch * seqlen_kv
         else:
             assert max_seqlen_q is not None and max_seqlen_kv is not None, (
@@ -125,7 +125,7 @@ class AttentionProblem:
             )
             layout, batch = "varlen", operands.cu_seqlens_q.shape[0] - 1
             seqlen_q, seqlen_kv = max_seqlen_q, max_seqlen_kv
-            tokens_q, tokens_kv = q.shape[0], k.shape[0]
+            tokens_q, tokens_kv = q_shape[0], k_shape[0]
         return cls(
             layout=layout,
             batch=batch,
@@ -133,11 +133,11 @@ class AttentionProblem:
             seqlen_kv=seqlen_kv,
             tokens_q=tokens_q,
             tokens_kv=tokens_kv,
-            heads_q=q.shape[-2],
-            heads_kv=k.shape[-2],
-            head_dim=q.shape[-1],
-            head_dim_v=v.shape[-1],
-            dtype=q.dtype,
+            heads_q=q_shape[-2],
+            heads_kv=k_shape[-2],
+            head_dim=q_shape[-1],
+            head_dim_v=operands.v.shape[-1],
+            dtype=operands.q.dtype,
             scale=scale,
             mask=mask,
             softcap=softcap,

@@ -111,53 +111,51 @@ def check_call(
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, rank: int) -> None:
     axes = DENSE_AXES if rank == 4 else PACKED_AXES
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_one_of_qkv(name, tensor, rank=rank, axes=axes)
-        if tensor.dtype != q.dtype:
-            raise invalid(
-                name,
-                got=f"{tensor.dtype} beside q of {q.dtype}",
-                wanted="one dtype for q, k and v",
-                remedy=f"pass {name}.to({q.dtype})",
-            )
-        _check_device(name, tensor, q.device)
-    if k.shape[:-1] != v.shape[:-1]:
+    shape_q = _check_one_of_qkv("q", q, rank=rank, axes=axes)
+    dtype, device = q.dtype, q.device
+    shape_k = _check_one_of_qkv("k", k, rank=rank, axes=axes)
+    _check_like_q("k", k, dtype, device)
+    shape_v = _check_one_of_qkv("v", v, rank=rank, axes=axes)
+    _check_like_q("v", v, dtype, device)
+    if shape_k[:-1] != shape_v[:-1]:
         raise invalid(
             "v",
-            got=f"shape {list(v.shape)} beside k of shape {list(k.shape)}",
+            got=f"shape {list(shape_v)} beside k of shape {list(shape_k)}",
             wanted="every axis but the last equal to k's",
             remedy="give each key exactly one value; only head_dim_v may differ from head_dim",
         )
-    if q.shape[-1] != k.shape[-1]:
+    if shape_q[-1] != shape_k[-1]:
         raise invalid(
             "k",
-            got=f"head_dim {k.shape[-1]} beside q's {q.shape[-1]}",
+            got=f"head_dim {shape_k[-1]} beside q's {shape_q[-1]}",
             wanted="the head_dim of q",
             remedy=f"check the axis order: the layout is {axes}",
         )
-    if rank == 4 and q.shape[0] != k.shape[0]:
+    if rank == 4 and shape_q[0] != shape_k[0]:
         raise invalid(
             "k",
-            got=f"batch {k.shape[0]} beside q's {q.shape[0]}",
+            got=f"batch {shape_k[0]} beside q's {shape_q[0]}",
             wanted="the batch size of q",
             remedy="expand k and v to q's batch; strides of 0 are fine, nothing is copied",
         )
-    if q.shape[-2] % k.shape[-2] != 0:
+    if shape_q[-2] % shape_k[-2] != 0:
         raise invalid(
             "k",
-            got=f"{k.shape[-2]} heads beside {q.shape[-2]} in q",
+            got=f"{shape_k[-2]} heads beside {shape_q[-2]} in q",
             wanted="heads_q divisible by heads_kv",
             remedy=f"check the axis order: the layout is {axes}, with heads after the sequence",
         )
 
 
-def _check_one_of_qkv(name: str, tensor: Tensor, *, rank: int, axes: str) -> None:
-    _check_strided_tensor(name, tensor)
-    if tensor.dim() != rank:
+def _check_one_of_qkv(name: str, value: Any, *, rank: int, axes: str) -> torch.Size:
+    """The shape of what must be a floating-point tensor of the layout."""
+    tensor = _check_strided_tensor(name, value)
+    shape = tensor.shape
+    if len(shape) != rank:
         other = "attention_varlen" if rank == 4 else "attention"
         raise invalid(
             name,
-            got=f"{tensor.dim()} axes, shape {list(tensor.shape)}",
+            got=f"{len(shape)} axes, shape {list(shape)}",
             wanted=f"{rank} axes, {axes}",
             remedy=f"reshape it to {axes}, or call flashtile.{other} for the other layout",
         )
@@ -168,14 +166,26 @@ def _check_one_of_qkv(name: str, tensor: Tensor, *, rank: int, axes: str) -> Non
             wanted="float16, bfloat16, float32 or float64",
             remedy=f"convert it first, for example {name}.to(torch.bfloat16)",
         )
-    for axis, label in ((-1, "head_dim"), (-2, "heads")):
-        if tensor.shape[axis] == 0:
-            raise invalid(
-                name,
-                got=f"{label} = 0, shape {list(tensor.shape)}",
-                wanted=f"{label} >= 1",
-                remedy="only batch and sequence lengths may be 0",
-            )
+    if shape[-1] == 0 or shape[-2] == 0:
+        label = "head_dim" if shape[-1] == 0 else "heads"
+        raise invalid(
+            name,
+            got=f"{label} = 0, shape {list(shape)}",
+            wanted=f"{label} >= 1",
+            remedy="only batch and sequence lengths may be 0",
+        )
+    return shape
+
+
+def _check_like_q(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        raise invalid(
+            name,
+            got=f"{tensor.dtype} beside q of {dtype}",
+            wanted="one dtype for q, k and v",
+            remedy=f"pass {name}.to({dtype})",
+        )
+    _check_device(name, tensor, device)
 
 
 def _check_cu_seqlens(name: str, value: Any, q: Tensor) -> Tensor:
@@ -280,8 +290,8 @@ def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devic
 def _wanted_gradients(operands: Operands, *, wants_lse: bool) -> frozenset[str]:
     if not torch.is_grad_enabled():
         return frozenset()
-    tensors = {name: getattr(operands, name) for name in DIFFERENTIABLE}
-    wanted = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+    tensors = [(name, getattr(operands, name)) for name in DIFFERENTIABLE]
+    wanted = [name for name, tensor in tensors if tensor is not None and tensor.requires_grad]
     return frozenset([*wanted, "lse"] if wanted and wants_lse else wanted)
 
 

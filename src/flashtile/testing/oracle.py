@@ -4,7 +4,8 @@ In float64 it is the oracle that kernels are measured against. In the dtype of t
 the same dtype": scores, softmax and products are all rounded to it, as people write attention without a kernel.
 
 It shares nothing with the backends and computes positions, masks and sums with arithmetic of its own, so that a mistake
-in theirs shows. The one exception is which weights dropout drops: that is ``flashtile.spec.dropout``'s definition.
+in theirs shows. Two definitions are the exception: which weights dropout drops (``flashtile.spec.dropout``), and how
+small a score a bias must make to hide a pair (``flashtile.spec.masks``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.spec import dropout
+from flashtile.spec import dropout, masks
 
 OPTIONS = frozenset(
     {"causal", "window", "scale", "softcap", "bias", "mask", "alibi_slopes", "sinks", "dropout_p", "dropout_seed"}
@@ -261,6 +262,7 @@ def _scores(call: Call, expanded: _Expanded, sequence: Sequence, dtype: torch.dt
         s = softcap * torch.tanh(s / softcap)
     if expanded.bias is not None:
         s = s + expanded.bias[cropped]
+        s = s.masked_fill(s <= masks.HIDDEN_BELOW, -math.inf)
     distance = _distance_to_diagonal(sequence, call.q.device)
     if expanded.slopes is not None:
         s = s - expanded.slopes[sequence.batch_idx][:, None, None] * distance.abs().to(dtype)

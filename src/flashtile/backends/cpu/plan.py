@@ -9,10 +9,12 @@ from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
 TILES = TileConfig(block_q=256, block_kv=512)
-TILES_16BIT = TileConfig(block_q=512, block_kv=256)
-LONG, WIDE = 2048, 128
-"""Keys and head_dim from which bfloat16 tiles beat torch's fused op, by 1.25x to 2.1x at 4,096 keys
-(benchmarks/results/cpu_epyc_2core.json); below, the steps between the products cost more."""
+TILES_16BIT, TILES_16BIT_MANY_HEADS = TileConfig(block_q=512, block_kv=512), TileConfig(block_q=256, block_kv=256)
+FEW_HEADS = 4
+"""A tile holds every head of a sequence; up to this many, the larger one stays in the cache."""
+LONG, WIDE = 1024, 64
+"""Keys and head_dim from which bfloat16 tiles beat torch's fused op, given ``FEW_HEADS * LONG`` keys over all heads; by
+1.1x to 2.5x (benchmarks/results/cpu_epyc_2core.json). Below, the steps between the products cost more."""
 
 
 def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
@@ -34,10 +36,10 @@ def plan(problem: AttentionProblem, device: DeviceSpec) -> Plan:
 def _kernel(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, TileConfig, str]:
     """(kernel, tiles, reason)."""
     has_fast_bfloat16 = device.flops_per_s_16bit > device.flops_per_s_32bit
-    is_large = problem.seqlen_kv >= LONG and problem.head_dim >= WIDE
-    if problem.dtype == torch.bfloat16 and is_large and has_fast_bfloat16:
-        reason = f"from {LONG} keys and head_dim {WIDE} on, tiles multiplied in bfloat16 are the fastest here"
-        return "tiled_16bit", TILES_16BIT, reason
+    is_long = problem.seqlen_kv >= LONG and problem.seqlen_kv * problem.heads_q >= LONG * FEW_HEADS
+    if problem.dtype == torch.bfloat16 and has_fast_bfloat16 and is_long and problem.head_dim >= WIDE:
+        tiles = TILES_16BIT if problem.heads_q <= FEW_HEADS else TILES_16BIT_MANY_HEADS
+        return "tiled_16bit", tiles, f"from {LONG} keys and head_dim {WIDE} on, bfloat16 tiles are the fastest here"
     beyond_fused = _beyond_fused(problem)
     if beyond_fused:
         return "tiled", TILES, "tiles in plain torch, because torch's fused CPU op lacks " + ", ".join(beyond_fused)

@@ -40,32 +40,32 @@ class ScoreRules:
         mask = self.operands.mask
         return mask is not None and not bool(self._tile_of(mask, tile).any())
 
-    def scaled_and_capped(self, product: Tensor) -> Tensor:
-        """The scores after scale and softcap, in accumulation dtype; may overwrite the product q @ k.T."""
-        s = product.to(self.problem.accumulation_dtype).mul_(self.problem.scale)
-        softcap = self.problem.softcap
+    def scaled_and_capped(self, s: Tensor) -> Tensor:
+        """The scores after scale and softcap, from the product q @ k.T, which they overwrite."""
+        s, softcap = s.mul_(self.problem.scale), self.problem.softcap
         return s.div_(softcap).tanh_().mul_(softcap) if softcap > 0 else s
 
-    def through_cap(self, d_s: Tensor, s_capped: Tensor) -> Tensor:
-        """The gradient of the raw scores from that of the capped ones: tanh' = 1 - tanh ** 2."""
+    def slope_of_cap(self, s_capped: Tensor) -> Tensor | None:
+        """d(capped score) / d(raw score): tanh' = 1 - tanh ** 2; None without a softcap."""
         softcap = self.problem.softcap
-        return d_s * (1 - (s_capped / softcap) ** 2) if softcap > 0 else d_s
+        return 1 - (s_capped / softcap) ** 2 if softcap > 0 else None
 
     def biased_and_masked(self, s: Tensor, tile: Tile) -> Tensor:
-        """The final scores: bias and ALiBi added, hidden pairs at -inf."""
+        """The final scores: bias and ALiBi added, hidden pairs at -inf; overwrites the capped ones."""
         operands = self.operands
         if operands.bias is not None:
-            s = s + self._tile_of(operands.bias, tile).to(s.dtype)
+            s += self._tile_of(operands.bias, tile)
+            torch.threshold_(s, masks.HIDDEN_BELOW, -math.inf)
         if operands.alibi_slopes is not None:
             slopes = operands.alibi_slopes.to(s.dtype)
             slopes = slopes if slopes.dim() == 1 else slopes[self.sequence.batch_idx]
             q_pos, kv_pos = self._positions(tile)
-            s = s - slopes[:, None, None] * (q_pos + self._offset - kv_pos).abs()
+            s -= slopes[:, None, None] * (q_pos + self._offset - kv_pos).abs()
         if not tile.is_full:
             q_pos, kv_pos = self._positions(tile)
-            s = s.masked_fill(~masks.is_visible(self.problem.mask, q_pos, kv_pos, self._offset), -math.inf)
+            s.masked_fill_(~masks.is_visible(self.problem.mask, q_pos, kv_pos, self._offset), -math.inf)
         if operands.mask is not None:
-            s = s.masked_fill(~self._tile_of(operands.mask, tile), -math.inf)
+            s.masked_fill_(~self._tile_of(operands.mask, tile), -math.inf)
         return s
 
     def add_bias_gradient(self, d_bias: Tensor, d_s: Tensor, tile: Tile) -> None:

@@ -12,10 +12,11 @@ the end out = acc / row_sum and lse = row_max + log(row_sum). Only one tile of s
 
 Backward (algorithm 2). The scores were never stored, so each tile is computed again; lse makes the probabilities exact
 at once, p = exp(s - lse), without a running maximum. With delta = rowsum(out * d_out) - d_lse the chain rule through
-the softmax is d_s = p * (d_p - delta), and the rest are products of tiles.
+the softmax is d_s = p * (d_p - delta), and the rest are products of tiles. The outer loop runs over tiles of keys, so
+that their d_k and d_v are summed on the spot; only d_q gathers its shares in memory.
 
 Tiles of one sequence are [heads, rows, columns]. ``_by_kv_head`` folds the query heads that share a kv head into the
-rows, so grouped-query attention is one larger product and k, v are never copied.
+rows, so grouped-query attention is one larger product and k, v are not repeated.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from flashtile.backends.base import Gradients, Saved, TileConfig
 from flashtile.backends.cpu.addressing import sequences
 from flashtile.backends.cpu.scores import ScoreRules, Tile
+from flashtile.backends.cpu.scratch import Scratch
 from flashtile.spec import masks
 from flashtile.spec.merge import guarded
 from flashtile.spec.operands import Operands
@@ -52,25 +54,26 @@ def forward(
 def _forward_sequence(rules: ScoreRules, blocks: TileConfig, products: torch.dtype, out: Tensor, lse: Tensor) -> None:
     """Fills out [heads_q, seqlen_q, head_dim_v] and lse [heads_q, seqlen_q]."""
     problem, operands, sequence = rules.problem, rules.operands, rules.sequence
-    heads_q, heads_kv = problem.heads_q, problem.heads_kv
+    heads_q, heads_kv, scratch = problem.heads_q, problem.heads_kv, Scratch(problem.accumulation_dtype)
     q_all, k_all, v_all = sequence.q_rows(operands.q), sequence.kv_rows(operands.k), sequence.kv_rows(operands.v)
 
     for rows in _slices(sequence.seqlen_q, blocks.block_q):
-        q = _by_kv_head(q_all[:, rows].to(products), heads_kv)
+        q = _by_kv_head(scratch.cast("q", q_all[:, rows], products), heads_kv)
         row_max, row_sum = _statistics_of_sinks(problem, operands, rows)  # [heads_q, BLOCK_Q, 1]
         acc = torch.zeros_like(row_sum).expand(-1, -1, problem.head_dim_v)  # [heads_q, BLOCK_Q, head_dim_v]
 
-        for tile in _visible_tiles(rules, rows, blocks):
-            k, v = k_all[:, tile.cols].to(products), v_all[:, tile.cols].to(products)  # [heads_kv, BLOCK_KV, head_dim]
-            s = rules.scaled_and_capped(_by_q_head(q @ k.mT, heads_q))  # [heads_q, BLOCK_Q, BLOCK_KV]
-            s = rules.biased_and_masked(s, tile)
+        for tile in _tiles_of_rows(rules, rows, blocks):
+            k = scratch.cast("k", k_all[:, tile.cols], products)  # [heads_kv, BLOCK_KV, head_dim]
+            v = scratch.cast("v", v_all[:, tile.cols], products)
+            s = _by_q_head(scratch.product("s", q, k.mT), heads_q)  # [heads_q, BLOCK_Q, BLOCK_KV]
+            s = rules.biased_and_masked(rules.scaled_and_capped(s), tile)
 
             new_max = torch.maximum(row_max, s.amax(dim=-1, keepdim=True))
             shift = guarded(new_max)  # a row that has seen no key yet is shifted by 0, not by -inf
-            p = _exp_(s.sub_(shift))
+            p = _exp_(s, minus=shift)
             rescale = torch.exp(row_max - shift)
             row_sum = row_sum * rescale + p.sum(dim=-1, keepdim=True)
-            p = _by_kv_head(rules.dropped(p, tile).to(products), heads_kv)
+            p = _by_kv_head(scratch.cast("p", rules.dropped(p, tile), products), heads_kv)
             acc = acc * rescale + _by_q_head(p @ v, heads_q)
             row_max = new_max
 
@@ -88,17 +91,15 @@ def backward(
     products: torch.dtype,
 ) -> Gradients:
     """The gradients that ``problem.gradients`` names; ``products`` is the dtype of matrix operands."""
-    dtype = problem.accumulation_dtype
-    sums = {
-        name: _zeros(getattr(operands, name), dtype) for name in problem.gradients | {"q", "k", "v"} if name != "lse"
-    }
+    grads = {name: _zeros(getattr(operands, name), problem.dtype) for name in ("q", "k", "v")}
+    for name in ("bias", "sinks"):  # summed over sequences and tiles, so kept in the dtype of sums until the end
+        if name in problem.gradients:
+            grads[name] = _zeros(getattr(operands, name), problem.accumulation_dtype)
     for sequence in sequences(problem, operands):
         rules = ScoreRules(problem=problem, operands=operands, sequence=sequence)
-        _backward_sequence(rules, blocks, products, saved, d_out, d_lse, sums)
-    for name in ("q", "k"):  # s = scale * q @ k.T
-        sums[name] *= problem.scale
+        _backward_sequence(rules, blocks, products, saved, d_out, d_lse, grads)
     return Gradients(
-        **{name: total.to(getattr(operands, name).dtype) for name, total in sums.items() if name in problem.gradients}
+        **{name: grad.to(getattr(operands, name).dtype) for name, grad in grads.items() if name in problem.gradients}
     )
 
 
@@ -109,60 +110,81 @@ def _backward_sequence(
     saved: Saved,
     d_out: Tensor,
     d_lse: Tensor | None,
-    sums: dict[str, Tensor],
+    grads: dict[str, Tensor],
 ) -> None:
-    """Adds one sequence's share to the gradient sums."""
+    """Fills one sequence's rows of the gradients of q, k and v, and adds to those of bias and sinks."""
     problem, operands, sequence = rules.problem, rules.operands, rules.sequence
     dtype, heads_q, heads_kv = problem.accumulation_dtype, problem.heads_q, problem.heads_kv
     q_all, k_all, v_all = sequence.q_rows(operands.q), sequence.kv_rows(operands.k), sequence.kv_rows(operands.v)
-    d_q_all, d_k_all, d_v_all = sequence.q_rows(sums["q"]), sequence.kv_rows(sums["k"]), sequence.kv_rows(sums["v"])
-    out_all, d_out_all, lse_all = sequence.q_rows(saved.out), sequence.q_rows(d_out), sequence.lse_rows(saved.lse)
+    d_out_all, lse_all = sequence.q_rows(d_out), guarded(sequence.lse_rows(saved.lse))[..., None]
+    delta_all = _delta(rules, blocks, saved, d_out, d_lse)  # [heads_q, seqlen_q, 1], like lse_all
+    d_q_all, scratch = _zeros(q_all, dtype), Scratch(dtype)
 
-    for rows in _slices(sequence.seqlen_q, blocks.block_q):
-        q = _by_kv_head(q_all[:, rows].to(products), heads_kv)
-        d_o = _by_kv_head(d_out_all[:, rows].to(products), heads_kv)
-        d_q = torch.zeros_like(q, dtype=dtype)
-        lse = lse_all[:, rows, None]  # [heads_q, BLOCK_Q, 1]
-        delta = (out_all[:, rows].to(dtype) * d_out_all[:, rows].to(dtype)).sum(dim=-1, keepdim=True)
-        if d_lse is not None:
-            delta = delta - sequence.lse_rows(d_lse)[:, rows, None]
+    for cols in _slices(sequence.seqlen_kv, blocks.block_kv):
+        k = scratch.cast("k", k_all[:, cols], products)  # [heads_kv, BLOCK_KV, head_dim]
+        v = scratch.cast("v", v_all[:, cols], products)
+        d_k, d_v = _zeros(k, dtype), _zeros(v, dtype)
 
-        for tile in _visible_tiles(rules, rows, blocks):
-            k, v = k_all[:, tile.cols].to(products), v_all[:, tile.cols].to(products)  # [heads_kv, BLOCK_KV, head_dim]
-            s_capped = rules.scaled_and_capped(_by_q_head(q @ k.mT, heads_q))  # [heads_q, BLOCK_Q, BLOCK_KV]
-            s = rules.biased_and_masked(s_capped, tile)
-            p = _exp_(s - guarded(lse))
-            d_v_all[:, tile.cols] += _by_kv_head(rules.dropped(p, tile).to(products), heads_kv).mT @ d_o
-            d_p = rules.dropped(_by_q_head(d_o @ v.mT, heads_q).to(dtype), tile)
-            d_s = p.mul_(d_p - delta)
+        for tile in _tiles_of_cols(rules, cols, blocks):
+            rows = tile.rows
+            q = _by_kv_head(scratch.cast("q", q_all[:, rows], products), heads_kv)
+            d_o = _by_kv_head(scratch.cast("d_o", d_out_all[:, rows], products), heads_kv)
+            s = _by_q_head(scratch.product("s", q, k.mT), heads_q)  # [heads_q, BLOCK_Q, BLOCK_KV]
+            s = rules.scaled_and_capped(s)
+            slope = rules.slope_of_cap(s)
+            p = _exp_(rules.biased_and_masked(s, tile), minus=lse_all[:, rows])
+            d_v += _by_kv_head(scratch.cast("p", rules.dropped(p, tile), products), heads_kv).mT @ d_o
+            d_p = rules.dropped(_by_q_head(scratch.product("d_p", d_o, v.mT), heads_q), tile)
+            d_s = p.mul_(d_p.sub_(delta_all[:, rows]))
             if "bias" in problem.gradients:
-                rules.add_bias_gradient(sums["bias"], d_s, tile)
-            d_s = _by_kv_head(rules.through_cap(d_s, s_capped).to(products), heads_kv)
-            d_k_all[:, tile.cols] += d_s.mT @ q
-            d_q += d_s @ k
+                rules.add_bias_gradient(grads["bias"], d_s, tile)
+            d_s = d_s if slope is None else d_s.mul_(slope)
+            d_s = _by_kv_head(scratch.cast("d_s", d_s, products), heads_kv)
+            d_k += d_s.mT @ q
+            d_q_all[:, rows] += _by_q_head(d_s @ k, heads_q)
 
-        d_q_all[:, rows] = _by_q_head(d_q, heads_q)
-        if operands.sinks is not None and "sinks" in problem.gradients:
-            # A sink is one more key, with a score and no value: its d_p is 0, so d_s = p * (0 - delta).
-            p_sink = torch.exp(operands.sinks.to(dtype)[:, None, None] - guarded(lse))
-            sums["sinks"] -= (p_sink * delta).sum(dim=(1, 2))
+        sequence.kv_rows(grads["k"])[:, cols] = d_k.mul_(problem.scale)  # s = scale * q @ k.T
+        sequence.kv_rows(grads["v"])[:, cols] = d_v
+
+    sequence.q_rows(grads["q"])[:] = d_q_all.mul_(problem.scale)
+    if operands.sinks is not None and "sinks" in problem.gradients:
+        # A sink is one more key, with a score and no value: its d_p is 0, so d_s = p * (0 - delta).
+        p_sink = torch.exp(operands.sinks.to(dtype)[:, None, None] - lse_all)
+        grads["sinks"] -= (p_sink * delta_all).sum(dim=(1, 2))
 
 
-def _visible_tiles(rules: ScoreRules, rows: slice, blocks: TileConfig) -> Iterator[Tile]:
-    """The kv tiles that these query rows see anything of, in order."""
-    sequence = rules.sequence
-    kv_tiles = masks.kv_tiles(
-        rules.problem.mask,
-        seqlen_q=sequence.seqlen_q,
-        seqlen_kv=sequence.seqlen_kv,
-        q_begin=rows.start,
-        q_end=rows.stop,
-        block_kv=blocks.block_kv,
-    )
-    for tile_idx in range(kv_tiles.begin, kv_tiles.end):
-        begin = tile_idx * blocks.block_kv
-        cols = slice(begin, min(begin + blocks.block_kv, sequence.seqlen_kv))
-        tile = Tile(rows=rows, cols=cols, is_full=kv_tiles.is_full(tile_idx))
+def _delta(rules: ScoreRules, blocks: TileConfig, saved: Saved, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """rowsum(out * d_out) - d_lse of one sequence: [heads_q, seqlen_q, 1]."""
+    sequence, dtype = rules.sequence, rules.problem.accumulation_dtype
+    out, d_out = sequence.q_rows(saved.out), sequence.q_rows(d_out)
+    delta = out.new_zeros((*out.shape[:2], 1), dtype=dtype)
+    for rows in _slices(sequence.seqlen_q, blocks.block_q):
+        delta[:, rows] = (out[:, rows].to(dtype) * d_out[:, rows].to(dtype)).sum(dim=-1, keepdim=True)
+    return delta if d_lse is None else delta - sequence.lse_rows(d_lse)[..., None]
+
+
+def _tiles_of_rows(rules: ScoreRules, rows: slice, blocks: TileConfig) -> Iterator[Tile]:
+    """The tiles in which these query rows see anything, in order: what the forward visits."""
+    mask, sequence = rules.problem.mask, rules.sequence
+    lengths = {"seqlen_q": sequence.seqlen_q, "seqlen_kv": sequence.seqlen_kv}
+    tiles = masks.kv_tiles(mask, **lengths, q_begin=rows.start, q_end=rows.stop, block_kv=blocks.block_kv)
+    for tile_idx in range(tiles.begin, tiles.end):
+        tile = Tile(
+            rows=rows, cols=_slice(tile_idx, blocks.block_kv, sequence.seqlen_kv), is_full=tiles.is_full(tile_idx)
+        )
+        if not rules.hides(tile):
+            yield tile
+
+
+def _tiles_of_cols(rules: ScoreRules, cols: slice, blocks: TileConfig) -> Iterator[Tile]:
+    """The tiles in which anything sees these keys, in order: what the backward visits."""
+    mask, sequence = rules.problem.mask, rules.sequence
+    lengths = {"seqlen_q": sequence.seqlen_q, "seqlen_kv": sequence.seqlen_kv}
+    tiles = masks.q_tiles(mask, **lengths, kv_begin=cols.start, kv_end=cols.stop, block_q=blocks.block_q)
+    for tile_idx in range(tiles.begin, tiles.end):
+        tile = Tile(
+            rows=_slice(tile_idx, blocks.block_q, sequence.seqlen_q), cols=cols, is_full=tiles.is_full(tile_idx)
+        )
         if not rules.hides(tile):
             yield tile
 
@@ -178,14 +200,17 @@ def _statistics_of_sinks(problem: AttentionProblem, operands: Operands, rows: sl
     return row_max, torch.exp(row_max - guarded(row_max))
 
 
-def _exp_(x: Tensor) -> Tensor:
-    """exp in place, as a power of two: torch's vectorised exp2 takes a quarter of the time of its exp."""
-    return x.mul_(LOG2_E).exp2_()
+def _exp_(s: Tensor, *, minus: Tensor) -> Tensor:
+    """exp(s - minus) in place, as a power of two: torch's vectorised exp2 takes a quarter of the time of its exp."""
+    return s.sub_(minus).mul_(LOG2_E).exp2_()
 
 
 def _slices(length: int, block: int) -> Iterator[slice]:
-    for begin in range(0, length, block):
-        yield slice(begin, min(begin + block, length))
+    return (_slice(idx, block, length) for idx in range(-(-length // block)))
+
+
+def _slice(idx: int, block: int, length: int) -> slice:
+    return slice(idx * block, min((idx + 1) * block, length))
 
 
 def _by_kv_head(tile: Tensor, heads_kv: int) -> Tensor:

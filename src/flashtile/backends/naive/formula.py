@@ -1,6 +1,7 @@
 """Attention as the textbook writes it, every option included, on padded operands [batch, heads, seqlen, dim].
 
-    s = scale * q @ k.T; s = softcap * tanh(s / softcap); s += bias + alibi; s[hidden] = -inf
+    s = scale * q @ k.T; s = softcap * tanh(s / softcap); s += bias; s[s <= HIDDEN_BELOW] = -inf;
+    s += alibi; s[hidden] = -inf
     p = exp(s) / z, z = sum(exp(s)) + exp(sink), lse = log(z); out = dropout(p) @ v
 
 Memory: the score matrix and its likes, [batch, heads_q, seqlen_q, seqlen_kv], several times over.
@@ -112,6 +113,7 @@ def _scores(problem: AttentionProblem, padded: PaddedOperands, operands: Operand
         s, softcap_slope = problem.softcap * tanh, 1 - tanh * tanh
     if operands.bias is not None:
         s = s + operands.bias
+        s = s.masked_fill(s <= masks.HIDDEN_BELOW, -torch.inf)
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.to(dtype)[..., None, None]  # [heads_q, 1, 1] or [batch, heads_q, 1, 1]
         s = s - slopes * (q_pos + offset - kv_pos).abs()

@@ -72,6 +72,15 @@ def test_quick_runs_on_a_gpu_in_bfloat16(capsys: pytest.CaptureFixture[str]) -> 
         assert all(step["attention_forward_s"] > 0 and step["attention_backward_s"] > 0 for step in run["steps"])
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, even if a shell started the tests in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 def test_ctrl_c_ends_cleanly_with_a_report_of_what_there_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

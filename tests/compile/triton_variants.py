@@ -83,6 +83,18 @@ def options(column: int, dtype: torch.dtype) -> dict[str, Any]:
     return found
 
 
+def special_case(case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The one option that a special row of the tables is for."""
+    cases: dict[str, dict[str, Any]] = {
+        "full": {},
+        "bias": {"bias": torch.zeros(1, HEADS_Q, SEQLEN, SEQLEN, dtype=dtype)},
+        "mask": {"mask": torch.ones(1, 1, SEQLEN, SEQLEN, dtype=torch.bool)},
+        "alibi": {"alibi_slopes": torch.ones(HEADS_Q)},
+        "softcap": {"softcap": 30.0},
+    }
+    return cases[case]
+
+
 def compiled(
     family: str, kernel: str, column: int, width: int, dtype: torch.dtype, heads_kv: int = HEADS_KV, **changes: Any
 ) -> Any:
@@ -167,10 +179,22 @@ def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dic
             if column > 0 or kernel != "bias_gradient":
                 found = needs(compiled(family, kernel, column, width, dtype))
                 yield {"dtype": str(dtype), "width": width, "column": column, **found}
-        key = (family, kernel, dtype.itemsize, width)
-        if 0 in columns and key in tiles._WITHOUT_WINDOW:
-            found = needs(compiled(family, kernel, 0, width, dtype, heads_kv=HEADS_Q, causal=False, window=None))
-            yield {"dtype": str(dtype), "width": width, "column": "full", **found}
+        for case in tiles._SPECIAL.get((family, kernel, dtype.itemsize, width), {}) if 0 in columns else ():
+            for causal in (False,) if case == "full" else (False, True):
+                found = needs(
+                    compiled(
+                        family,
+                        kernel,
+                        0,
+                        width,
+                        dtype,
+                        HEADS_Q,
+                        window=None,
+                        causal=causal,
+                        **special_case(case, dtype),
+                    )
+                )
+                yield {"dtype": str(dtype), "width": width, "column": case, **found}
 
 
 if __name__ == "__main__":

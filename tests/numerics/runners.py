@@ -184,6 +184,21 @@ RUNNERS = [
 """What takes every problem. The small tiles let short sequences cross many of them."""
 
 
+def finest_dtype(runner: Runner) -> torch.dtype:
+    """float64, or float32 where the runner declines it, for tests that compare results with each other."""
+    return torch.float32 if torch.float64 in runner.declines else torch.float64
+
+
+def assert_same(found: Tensor, expected: Tensor, runner: Runner, name: str) -> None:
+    """Bitwise, where one program computed both; GPUs run one compiled for the strides and options of each call."""
+    if runner.device == "cpu":
+        assert torch.equal(found, expected), name
+    else:
+        rounding = 8 * torch.finfo(found.dtype).eps
+        largest = expected[expected.isfinite()].abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding * largest, msg=name)
+
+
 def with_leaves(call: Call) -> Call:
     """The call on leaves of autograd that share its tensors' memory and strides."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.differentiable.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runners import BACKENDS, RUNNERS, Backend, Runner
+from runners import BACKENDS, RUNNERS, Backend, Runner, finest_dtype
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +56,9 @@ def test_forward_and_backward_drop_what_the_contract_says(runner: Runner, seed: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_sequences_drop_like_dense_ones(backend: Backend) -> None:
-    spec = CallSpec(lengths_q=(9, 9), lengths_kv=(14, 14), heads_kv=2, dropout_p=0.5, seed=3, dtype=torch.float64)
+    spec = CallSpec(
+        lengths_q=(9, 9), lengths_kv=(14, 14), heads_kv=2, dropout_p=0.5, seed=3, dtype=finest_dtype(backend)
+    )
     dense = backend.forward(spec.build())
     packed = backend.forward(replace(spec, is_packed=True).build())
     torch.testing.assert_close(packed, dense.flatten(0, 1))
@@ -90,7 +92,7 @@ def test_activation_checkpointing_recomputes_the_same_mask(
     backend: Backend, options: dict[str, Any], use_reentrant: bool
 ) -> None:
     """FA#612: with a seed from torch's generator, recomputing in the backward must not draw a new one."""
-    x = make_tensor((2, 24, 2, 8), dtype=torch.float64).requires_grad_()
+    x = make_tensor((2, 24, 2, 8), dtype=finest_dtype(backend)).requires_grad_()
 
     def layer(x: Tensor) -> Tensor:
         return backend.forward(Call(q=x, k=x * 0.5, v=x.sin(), options=options | {"dropout_p": 0.3}))
@@ -105,7 +107,7 @@ def test_activation_checkpointing_recomputes_the_same_mask(
     out.square().sum().backward()
     assert x.grad is not None
     assert torch.equal(out, expected_out)
-    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

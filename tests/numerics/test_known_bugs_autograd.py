@@ -13,7 +13,7 @@ from typing import cast, get_args
 
 import pytest
 import torch
-from runners import BACKENDS, FUSED, NO_OPTIONS, RUNNERS, Backend, Runner, check, with_leaves
+from runners import BACKENDS, FUSED, NO_OPTIONS, RUNNERS, Backend, Runner, assert_same, check, with_leaves
 
 from flashtile import dispatch
 from flashtile.backends.base import Launcher, Saved
@@ -148,7 +148,7 @@ def test_expanded_bias_and_mask(runner: Runner) -> None:
     expanded = runner.run(replace(call, options={"bias": bias, "mask": mask}), d_out, d_lse)
     stored = runner.run(replace(call, options={"bias": bias.clone(), "mask": mask.clone()}), d_out, d_lse)
     for name, found in expanded.named().items():
-        assert torch.equal(found, stored.named()[name]), name
+        assert_same(found, stored.named()[name], runner, name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runners import BACKENDS, CPU, RUNNERS, Backend, Runner, assert_dtypes, check
+from runners import BACKENDS, CPU, RUNNERS, Backend, Runner, assert_dtypes, assert_same, check
 
 from flashtile.spec import masks
 from flashtile.testing import Call, CallSpec, assert_results_within_budget, cu_seqlens_of, make_tensor
@@ -91,7 +91,7 @@ def test_keys_masked_by_the_smallest_number(runner: Runner, dtype: torch.dtype) 
         bias = torch.zeros(1, 1, 40, 40).masked_fill(~mask, lowest)
         results = runner.run(replace(call, options={"bias": bias}), d_out, None)
         for name, found in results.named().items():
-            assert torch.equal(found, expected.named()[name]), name
+            assert_same(found, expected.named()[name], runner, name)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runners import BACKENDS, Backend
+from runners import BACKENDS, Backend, finest_dtype
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -101,7 +101,7 @@ def test_no_option_is_dropped_silently(backend: Backend, option: str, is_packed:
 @pytest.mark.parametrize("options", [{"alibi": "per head"}, {"causal": True}, {"window": (5, 0)}, {"has_sinks": True}])
 def test_decoding_step_equals_the_last_row(backend: Backend, options: dict[str, Any]) -> None:
     """FA#907: ALiBi (and masks) of one query over a cache of keys equal those of the last row in training."""
-    spec = replace(SPEC, lengths_q=(17,), dtype=torch.float64, **options)
+    spec = replace(SPEC, lengths_q=(17,), dtype=finest_dtype(backend), **options)
     call = spec.build()
     whole, whole_lse = backend.forward_with_lse(call)
     step, step_lse = backend.forward_with_lse(replace(call, q=call.q[:, -1:]))
@@ -112,10 +112,10 @@ def test_decoding_step_equals_the_last_row(backend: Backend, options: dict[str, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alibi_is_the_distance_to_the_diagonal(backend: Backend) -> None:
     """The bias that ALiBi stands for, written out: -slope * |i + seqlen_kv - seqlen_q - j|."""
-    call = replace(SPEC, dtype=torch.float64).build()
+    call = replace(SPEC, dtype=finest_dtype(backend)).build()
     slopes = torch.tensor([0.5, 0.25, 1.0, 0.0])
     i, j = torch.arange(12)[:, None], torch.arange(17)
-    bias = -slopes[:, None, None].double() * (i + 5 - j).abs()
+    bias = -slopes[:, None, None].to(call.q.dtype) * (i + 5 - j).abs()
     by_slopes, by_bias = (
         backend.forward(replace(call, options=options)) for options in ({"alibi_slopes": slopes}, {"bias": bias})
     )
@@ -126,7 +126,7 @@ def test_alibi_is_the_distance_to_the_diagonal(backend: Backend) -> None:
 def test_packed_equals_dense(backend: Backend) -> None:
     """A packed call of equal lengths is the dense call, with every option that both take."""
     options: dict[str, Any] = {key: value for each in OPTIONS.values() for key, value in each.items()}
-    spec = replace(SPEC, lengths_q=(12, 12), lengths_kv=(17, 17), dtype=torch.float64, **options)
+    spec = replace(SPEC, lengths_q=(12, 12), lengths_kv=(17, 17), dtype=finest_dtype(backend), **options)
 
     def packed_rows(lse: Tensor) -> Tensor:
         return lse.transpose(0, 1).flatten(1)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.backends.triton.constants import LOG2_E, STATISTICS_ROWS
+from flashtile.backends.triton.constants import FARTHEST_ROWS, LOG2_E, STATISTICS_ROWS
 from flashtile.spec.dropout import drop_threshold
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -29,6 +29,17 @@ class Matrix(NamedTuple):
     head_stride: Any
     row_stride: Any
     col_stride: Any
+
+
+class PairMatrix(NamedTuple):
+    """A bias or mask of [batch, heads, queries, keys], and its number of keys, broadcast axes with stride 0."""
+
+    ptr: Any
+    batch_stride: Any
+    head_stride: Any
+    row_stride: Any
+    col_stride: Any
+    num_cols: Any
 
 
 class Statistics(NamedTuple):
@@ -78,10 +89,13 @@ class ScoreRules(NamedTuple):
     """scale * log2(e): scores are powers of two throughout."""
     window: Window
     softcap: Softcap | None
-    bias: Matrix | None
-    mask: Matrix | None
+    bias: PairMatrix | None
+    mask: PairMatrix | None
     alibi: Slopes | None
     dropout: Dropout | None
+    end: None = None
+    """Always ``None``: Triton 3.6 forgets compile-time numbers (a stride of 1) in tuples of a tuple that come after the
+    last ``None`` of the outer one."""
 
 
 class Sequences(NamedTuple):
@@ -99,19 +113,20 @@ class Heads(NamedTuple):
 
 
 def token_matrix(tensor: Tensor) -> Matrix:
-    """A tensor of [batch, tokens, heads, dim], or packed [tokens, heads, dim]."""
+    """A tensor of [batch, tokens, heads, dim], or packed [tokens, heads, dim]; copied if they are too far apart."""
     strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     batch_stride, row_stride, head_stride = strides[:3] if tensor.dim() == 4 else (0, *strides[:2])
+    if max(row_stride, tensor.stride(-1)) > FARTHEST_ROWS:
+        return token_matrix(tensor.contiguous())
     return Matrix(tensor, batch_stride, head_stride, row_stride, tensor.stride(-1))
 
 
-def pair_matrix(tensor: Tensor, problem: AttentionProblem) -> Matrix:
+def pair_matrix(tensor: Tensor, problem: AttentionProblem) -> PairMatrix:
     """A bias or mask that broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]."""
     view = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     spread = view.expand(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
-    return Matrix(
-        view, *(0 if size == 1 else stride for size, stride in zip(spread.shape, spread.stride(), strict=True))
-    )
+    strides = (0 if size == 1 else stride for size, stride in zip(spread.shape, spread.stride(), strict=True))
+    return PairMatrix(view, *strides, num_cols=problem.seqlen_kv)
 
 
 def statistics(problem: AttentionProblem, fill: float, device: torch.device) -> Statistics:

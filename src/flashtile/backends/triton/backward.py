@@ -12,6 +12,7 @@ of d_q would need five, in exchange for no float32 copy of d_q in memory and for
 |---|---|
 | s, p, d_p, d_s | scores, probabilities and their gradients, float32; ``_t`` where keys are the rows |
 | lse_log2, delta | what the forward and the first kernel left for each query row, float32 |
+| factor | float32 inputs only: p = factor * exp2(s - lse_log2), see ``MIDDLE_LOG2`` |
 | d_q, d_k, d_v | accumulators [BLOCK_Q, BLOCK_D], [BLOCK_KV, BLOCK_D], [BLOCK_KV, BLOCK_DV], float32 |
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashtile.backends.triton import constants
 from flashtile.backends.triton.primitives import scores
 from flashtile.backends.triton.primitives.addressing import (
     STATISTICS_ROWS,
@@ -32,7 +34,11 @@ from flashtile.backends.triton.primitives.addressing import (
 )
 from flashtile.backends.triton.primitives.masking import is_full, kv_tiles, q_tiles
 from flashtile.backends.triton.primitives.online_softmax import INF, LOG2_E
+from flashtile.backends.triton.primitives.products import accumulate
 from flashtile.backends.triton.primitives.scheduling import share
+
+MIDDLE_LOG2 = tl.constexpr(constants.MIDDLE_LOG2)
+MIDDLE = tl.constexpr(2.0**constants.MIDDLE_LOG2)
 
 
 @triton.jit(do_not_specialize=["lse_head_stride", "seqlen_q", "seqlen_kv"])
@@ -43,7 +49,7 @@ def attention_row_statistics(
     d_lse_ptr,
     lse_head_stride,
     lse_log2_rows,
-    lse_rest_rows,
+    factor_rows,
     delta_rows,
     sequences,
     heads,
@@ -80,12 +86,14 @@ def attention_row_statistics(
     # A row that sees nothing, or is none, gets +inf: then p = exp2(s - lse) is 0, whatever its scores.
     is_finite = lse > -INF
     exact = tl.where(is_finite, lse, 0.0).to(tl.float64) * LOG2_E
+    if factor_rows is not None:
+        exact += MIDDLE_LOG2
     lse_log2 = exact.to(tl.float32)
     lse_log2_ptr = statistics_pointer(lse_log2_rows, sequence, work.head_idx, q_begin)
     tl.store(lse_log2_ptr + rows, tl.where(is_finite, lse_log2, INF))
-    if lse_rest_rows is not None:
-        rest = (exact - lse_log2.to(tl.float64)).to(tl.float32)
-        tl.store(statistics_pointer(lse_rest_rows, sequence, work.head_idx, q_begin) + rows, rest)
+    if factor_rows is not None:
+        factor = tl.exp2((lse_log2.to(tl.float64) - exact).to(tl.float32)) * MIDDLE
+        tl.store(statistics_pointer(factor_rows, sequence, work.head_idx, q_begin) + rows, factor)
     tl.store(statistics_pointer(delta_rows, sequence, work.head_idx, q_begin) + rows, delta)
 
 
@@ -93,7 +101,7 @@ def attention_row_statistics(
 def probabilities(
     product,
     lse_log2_rows,
-    lse_rest_rows,
+    factor_rows,
     head,
     tile,
     TRANSPOSED: tl.constexpr,
@@ -103,10 +111,10 @@ def probabilities(
     """(p, capped) of a tile of products, before dropout."""
     lse_log2 = per_query(lse_log2_rows, head, tile, TRANSPOSED, BLOCK_Q)
     s, capped = scores.scored(product, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV)
-    exponent = tl.fma(s, scores.unit_log2(head.rules), -lse_log2)
-    if lse_rest_rows is not None:  # what float32 rounded away from lse_log2, of which large scores would make an error
-        exponent -= per_query(lse_rest_rows, head, tile, TRANSPOSED, BLOCK_Q)
-    return tl.exp2(exponent), capped
+    p = tl.exp2(tl.fma(s, scores.unit_log2(head.rules), -lse_log2))
+    if factor_rows is not None:
+        p *= per_query(factor_rows, head, tile, TRANSPOSED, BLOCK_Q)
+    return p, capped
 
 
 @triton.jit
@@ -123,7 +131,7 @@ def attention_backward_kv(
     v_matrix,
     d_out_matrix,
     lse_log2_rows,
-    lse_rest_rows,
+    factor_rows,
     delta_rows,
     d_k_matrix,
     d_v_matrix,
@@ -172,17 +180,17 @@ def attention_backward_kv(
         d_out_ptr = row_pointer(d_out_matrix, work.batch_idx, head.head_idx, sequence.q_begin + q_begin)
         q = load_tile(q_ptr, q_matrix, num_rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
         product_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_KV, BLOCK_Q] f32
-        p_t, capped_t = probabilities(product_t, lse_log2_rows, lse_rest_rows, head, tile, True, BLOCK_Q, BLOCK_KV)
+        p_t, capped_t = probabilities(product_t, lse_log2_rows, factor_rows, head, tile, True, BLOCK_Q, BLOCK_KV)
         d_out = load_tile(d_out_ptr, d_out_matrix, num_rows, HEAD_DIM_V, BLOCK_Q, BLOCK_DV)
         d_p_t = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_KV, BLOCK_Q] f32
         dropped_t = p_t
         if rules.dropout is not None:
             survival_t = scores.survival(head, tile, True, BLOCK_Q, BLOCK_KV)
             dropped_t, d_p_t = p_t * survival_t, d_p_t * survival_t
-        d_v = tl.dot(dropped_t.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+        d_v = accumulate(d_v, dropped_t, d_out, PRECISION)
         delta = per_query(delta_rows, head, tile, True, BLOCK_Q)
         d_s_t = scores.through_cap(p_t * (d_p_t - delta), capped_t, rules)
-        d_k = tl.dot(d_s_t.to(q.dtype), q, d_k, input_precision=PRECISION)
+        d_k = accumulate(d_k, d_s_t, q, PRECISION)
 
     d_k_ptr = row_pointer(d_k_matrix, work.batch_idx, work.head_idx, row_idx)
     d_v_ptr = row_pointer(d_v_matrix, work.batch_idx, work.head_idx, row_idx)
@@ -197,7 +205,7 @@ def attention_backward_q(
     v_matrix,
     d_out_matrix,
     lse_log2_rows,
-    lse_rest_rows,
+    factor_rows,
     delta_rows,
     d_q_matrix,
     scale,
@@ -241,14 +249,14 @@ def attention_backward_q(
         k_tile_ptr = k_ptr + tl.cast(kv_begin, tl.int64) * k_matrix.row_stride
         k = load_tile(k_tile_ptr, k_matrix, num_kv, HEAD_DIM, BLOCK_KV, BLOCK_D)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_KV] f32
-        p, capped = probabilities(product, lse_log2_rows, lse_rest_rows, head, tile, False, BLOCK_Q, BLOCK_KV)
+        p, capped = probabilities(product, lse_log2_rows, factor_rows, head, tile, False, BLOCK_Q, BLOCK_KV)
         v_tile_ptr = v_ptr + tl.cast(kv_begin, tl.int64) * v_matrix.row_stride
         v = load_tile(v_tile_ptr, v_matrix, num_kv, HEAD_DIM_V, BLOCK_KV, BLOCK_DV)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_KV] f32
         if rules.dropout is not None:
             d_p *= scores.survival(head, tile, False, BLOCK_Q, BLOCK_KV)
         d_s = scores.through_cap(p * (d_p - per_query(delta_rows, head, tile, False, BLOCK_Q)), capped, rules)
-        d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
+        d_q = accumulate(d_q, d_s, k, PRECISION)
 
     d_q_ptr = row_pointer(d_q_matrix, work.batch_idx, work.head_idx, row_idx)
     store_tile(d_q_ptr, d_q_matrix, d_q * scale, num_rows, HEAD_DIM, BLOCK_Q, BLOCK_D)

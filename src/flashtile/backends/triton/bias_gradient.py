@@ -32,7 +32,7 @@ def attention_bias_gradient(
     v_matrix,
     d_out_matrix,
     lse_log2_rows,
-    lse_rest_rows,
+    factor_rows,
     delta_rows,
     d_bias_matrix,
     share_stride,
@@ -89,7 +89,7 @@ def attention_bias_gradient(
             k = load_tile(k_ptr, k_matrix, num_kv, HEAD_DIM, BLOCK_KV, BLOCK_D)
             tile = scores.Tile(q_begin, kv_begin, False)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_KV] f32
-            p, _ = probabilities(product, lse_log2_rows, lse_rest_rows, head, tile, False, BLOCK_Q, BLOCK_KV)
+            p, _ = probabilities(product, lse_log2_rows, factor_rows, head, tile, False, BLOCK_Q, BLOCK_KV)
             d_out = load_tile(d_out_ptr, d_out_matrix, num_rows, HEAD_DIM_V, BLOCK_Q, BLOCK_DV)
             v = load_tile(v_ptr, v_matrix, num_kv, HEAD_DIM_V, BLOCK_KV, BLOCK_DV)
             d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_KV] f32

@@ -24,6 +24,7 @@ from flashtile.backends.triton.primitives.addressing import (
 )
 from flashtile.backends.triton.primitives.masking import is_full, kv_tiles
 from flashtile.backends.triton.primitives.online_softmax import INF, finish, softmax_step
+from flashtile.backends.triton.primitives.products import accumulate
 from flashtile.backends.triton.primitives.scheduling import share
 
 
@@ -81,8 +82,7 @@ def attention_forward(
             p *= scores.survival(head, tile, False, BLOCK_Q, BLOCK_KV)
         v_tile_ptr = v_ptr + tl.cast(kv_begin, tl.int64) * v_matrix.row_stride
         v = load_tile(v_tile_ptr, v_matrix, num_kv, HEAD_DIM_V, BLOCK_KV, BLOCK_DV)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_DV] f32
+        acc = accumulate(acc * rescale[:, None], p, v, PRECISION)  # [BLOCK_Q, BLOCK_DV] f32
 
     factor, lse = finish(max_log2, row_sum, sink_ptr, work.head_idx)
     out_ptr = row_pointer(out_matrix, work.batch_idx, work.head_idx, sequence.q_begin + q_begin)

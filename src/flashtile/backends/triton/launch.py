@@ -16,7 +16,7 @@ from flashtile.backends.triton.backward import attention_backward_kv, attention_
 from flashtile.backends.triton.bias_gradient import attention_bias_gradient
 from flashtile.backends.triton.constants import LOG2_E
 from flashtile.backends.triton.forward import attention_forward
-from flashtile.backends.triton.tiles import GpuTiles, padded
+from flashtile.backends.triton.tiles import GpuTiles, widths
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
@@ -85,10 +85,10 @@ def _row_statistics(
     d_lse: Tensor | None,
     kernel: KernelPlan,
 ) -> tuple[Statistics, Statistics | None, Statistics]:
-    """lse_log2, what float32 rounded away from it (of no use to 16-bit inputs), and delta."""
+    """lse_log2, the probabilities' factor (16-bit inputs have no use for it), and delta; see ``MIDDLE_LOG2``."""
     lse_log2 = arguments.statistics(problem, math.inf, operands.q.device)
     is_16bit = problem.dtype.itemsize == 2
-    lse_rest = None if is_16bit else arguments.statistics(problem, 0.0, operands.q.device)
+    factor = None if is_16bit else arguments.statistics(problem, 0.0, operands.q.device)
     delta = arguments.statistics(problem, 0.0, operands.q.device)
     _launch(
         attention_row_statistics,
@@ -99,13 +99,13 @@ def _row_statistics(
         None if d_lse is None else d_lse.contiguous(),
         saved.lse.shape[-1],
         lse_log2,
-        lse_rest,
+        factor,
         delta,
         *_sizes(problem, operands),
         HEAD_DIM_V=problem.head_dim_v,
-        BLOCK_DV=padded(problem.head_dim_v),
+        BLOCK_DV=widths(problem)[1],
     )
-    return lse_log2, lse_rest, delta
+    return lse_log2, factor, delta
 
 
 def _bias_gradient(
@@ -142,12 +142,12 @@ def _bias_gradient(
     return shares.sum(0).to(bias.dtype).view(bias.shape) if num_shares > 1 else shares.view(bias.shape)
 
 
-def _sink_gradient(sinks: Tensor, lse_log2: Statistics, lse_rest: Statistics | None, delta: Statistics) -> Tensor:
+def _sink_gradient(sinks: Tensor, lse_log2: Statistics, factor: Statistics | None, delta: Statistics) -> Tensor:
     """A sink is one more key, with a score and no value: its d_p is 0, so d_s = p * (0 - delta)."""
     exponent = sinks.float()[:, None] * LOG2_E - lse_log2.ptr  # [batch, heads, rows] or [heads, rows]
-    if lse_rest is not None:
-        exponent -= lse_rest.ptr
     per_row = exponent.exp2_().mul_(delta.ptr).neg_()
+    if factor is not None:
+        per_row *= factor.ptr
     return per_row.sum(dim=(0, 2) if per_row.dim() == 3 else 1).to(sinks.dtype)
 
 
@@ -181,12 +181,13 @@ def _sizes(problem: AttentionProblem, operands: Operands) -> tuple[Sequences, He
 
 
 def _dims(problem: AttentionProblem) -> dict[str, Any]:
+    width, width_v = widths(problem)
     is_tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
-        "BLOCK_D": padded(problem.head_dim),
-        "BLOCK_DV": padded(problem.head_dim_v),
+        "BLOCK_D": width,
+        "BLOCK_DV": width_v,
         "PRECISION": "tf32" if is_tf32 else "ieee",
     }
 

@@ -11,8 +11,8 @@ import torch
 
 from flashtile import settings
 from flashtile.backends.base import KernelPlan, Plan
-from flashtile.backends.triton.constants import STATISTICS_ROWS
-from flashtile.backends.triton.tiles import GpuTiles, family, kernels_of, padded, tiles_for
+from flashtile.backends.triton.constants import FARTHEST_ROWS, STATISTICS_ROWS
+from flashtile.backends.triton.tiles import GpuTiles, family, kernels_of, tiles_for, widths
 from flashtile.spec import units
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
@@ -33,6 +33,9 @@ def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
     for name, head_dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
         if head_dim > LARGEST_HEAD_DIM:
             reasons.append(f"takes head_dim up to {LARGEST_HEAD_DIM}, and {name} is {head_dim}")
+    token_items = problem.heads_q * max(problem.head_dim, problem.head_dim_v)
+    if token_items > FARTHEST_ROWS:
+        reasons.append(f"takes tokens of up to {FARTHEST_ROWS:,} elements in all heads, and these have {token_items:,}")
     for name, length in (("seqlen_q", problem.seqlen_q), ("seqlen_kv", problem.seqlen_kv)):
         if length > LONGEST:
             reasons.append(f"takes sequences up to {LONGEST:,} tokens, and {name} is {length:,}")
@@ -129,7 +132,7 @@ def _bias_gradient_grid(
 
 def shared_memory_bytes(kernel: str, problem: AttentionProblem, tiles: GpuTiles) -> int:
     """What one program keeps in shared memory: its own tiles, and ``num_stages`` of those that stream past."""
-    width, width_v, itemsize = padded(problem.head_dim), padded(problem.head_dim_v), problem.dtype.itemsize
+    (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
     rows_of_q, rows_of_kv = {
         "forward": (tiles.block_q * width, tiles.block_kv * (width + width_v)),
         "backward_q": (tiles.block_q * (width + width_v), tiles.block_kv * (width + width_v)),

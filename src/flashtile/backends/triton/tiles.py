@@ -37,7 +37,7 @@ _TABLE: dict[str, dict[tuple[str, int], dict[int, tuple[Row | None, Row | None, 
     "sm_90": {
         ("forward", 2): {
             64: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-            128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+            128: ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
             256: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
             512: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
         },
@@ -48,9 +48,9 @@ _TABLE: dict[str, dict[tuple[str, int], dict[int, tuple[Row | None, Row | None, 
             512: ((32, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
         },
         ("backward_kv", 2): {
-            64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+            64: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
             128: ((64, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
-            256: ((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+            256: ((64, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
             512: ((32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
         },
         ("backward_kv", 4): {
@@ -240,13 +240,32 @@ _TABLE: dict[str, dict[tuple[str, int], dict[int, tuple[Row | None, Row | None, 
 ``None`` where no tiles fit.
 """
 
-_WITHOUT_WINDOW: dict[tuple[str, str, int, int], Row] = {("sm_90", "forward", 2, 128): (128, 128, 8, 2)}
-"""Where problems that no window limits have a better row."""
+_SPECIAL: dict[tuple[str, str, int, int], dict[str, Row]] = {
+    ("sm_90", "forward", 2, 64): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (64, 64, 4, 3)),
+    ("sm_90", "forward", 2, 128): {
+        "full": (128, 128, 8, 2),
+        "mask": (64, 64, 4, 2),
+        "alibi": (64, 64, 4, 3),
+        "softcap": (64, 64, 4, 3),
+    },
+    ("sm_90", "forward", 2, 256): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (128, 64, 8, 2)),
+    ("sm_90", "backward_kv", 2, 64): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (64, 64, 4, 3)),
+    ("sm_90", "backward_kv", 2, 128): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (64, 128, 8, 3)),
+    ("sm_90", "backward_kv", 2, 256): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (64, 32, 4, 2)),
+    ("sm_90", "backward_q", 2, 128): {"mask": (64, 64, 4, 2)},
+}
+"""Better rows for problems that are special in one way (``special_case``): kernels that do less have registers left."""
 
 
-def padded(head_dim: int) -> int:
-    """The width of a tile that holds a head: the matrix units take powers of two from 16 on."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def widths(problem: AttentionProblem) -> tuple[int, int]:
+    """(BLOCK_D, BLOCK_DV), the widths of tiles that hold a head: the matrix units take powers of two from 16 on.
+
+    Below 64 both are alike: shared memory is arranged by width there, and where Triton 3.6 put tiles of two
+    arrangements into the same place, an H200 multiplied wrong numbers.
+    """
+    width, width_v = (1 << (head_dim - 1).bit_length() for head_dim in (problem.head_dim, problem.head_dim_v))
+    narrowest = max(16, min(64, max(width, width_v)))
+    return max(width, narrowest), max(width_v, narrowest)
 
 
 def family(device: DeviceSpec) -> str:
@@ -264,16 +283,30 @@ def demand(problem: AttentionProblem) -> int:
     return int(has_pair_operand or problem.has_alibi or problem.softcap > 0)
 
 
+def special_case(problem: AttentionProblem) -> str | None:
+    """The one option that a problem without groups or left window has; "full" if it has none, and no window at all."""
+    has = {
+        "bias": problem.bias_shape is not None,
+        "mask": problem.mask_shape is not None,
+        "alibi": problem.has_alibi,
+        "softcap": problem.softcap > 0,
+        "dropout": problem.dropout_p > 0,
+    }
+    found = [name for name, is_there in has.items() if is_there]
+    if not found:
+        return "full" if problem.mask.is_unlimited else None
+    is_simple = len(found) == 1 and problem.heads_per_kv == 1 and problem.mask.left is None
+    return found[0] if is_simple else None
+
+
 def tiles_for(problem: AttentionProblem, table: str) -> dict[str, GpuTiles]:
     """The tiles of the problem's kernels by name, from one family's table; those that fit nowhere are left out."""
-    width = max(WIDTHS[0], padded(problem.head_dim), padded(problem.head_dim_v))
-    itemsize, column = problem.dtype.itemsize, demand(problem)
+    width = max(WIDTHS[0], *widths(problem))
+    itemsize, column, case = problem.dtype.itemsize, demand(problem), special_case(problem)
     rows: dict[str, Row | None] = {"row_statistics": (max(8, min(STATISTICS_ROWS, 4096 // width)), 1, 4, 1)}
     for kernel in kernels_of(problem):
-        key = (table, kernel, itemsize, width)
-        rows[kernel] = _TABLE[table][kernel, itemsize][width][column]
-        if column == 0 and problem.mask.is_unlimited:
-            rows[kernel] = _WITHOUT_WINDOW.get(key, rows[kernel])
+        special = _SPECIAL.get((table, kernel, itemsize, width), {})
+        rows[kernel] = special.get(case or "", _TABLE[table][kernel, itemsize][width][column])
     return {
         kernel: GpuTiles(block_q=row[0], block_kv=row[1], num_warps=row[2], num_stages=row[3])
         for kernel, row in rows.items()

@@ -47,9 +47,14 @@ def row_pointer(matrix, batch_idx, head_idx, row_idx):
 
 @triton.jit
 def tile_pointers(ptr, matrix, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """[BLOCK_ROWS, BLOCK_COLS] addresses of the tile whose first element is at ``ptr``."""
-    rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None] * matrix.row_stride
-    return ptr + rows + tl.arange(0, BLOCK_COLS).to(tl.int64)[None, :] * matrix.col_stride
+    """[BLOCK_ROWS, BLOCK_COLS] addresses of the tile whose first element is at ``ptr``.
+
+    Wide tiles count from there in 32 bits, as the planner sees to; so many 64-bit addresses would not fit in registers.
+    """
+    rows, cols = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLS)[None, :]
+    if BLOCK_COLS < 256:
+        rows, cols = rows.to(tl.int64), cols.to(tl.int64)
+    return ptr + (rows * matrix.row_stride + cols * matrix.col_stride)
 
 
 @triton.jit

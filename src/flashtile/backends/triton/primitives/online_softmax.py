@@ -14,6 +14,7 @@ from flashtile.backends.triton import constants
 LOG2_E = tl.constexpr(constants.LOG2_E)
 LN_2 = tl.constexpr(1 / constants.LOG2_E)
 INF = tl.constexpr(float("inf"))
+HIDDEN_BELOW_LOG2 = tl.constexpr(constants.HIDDEN_BELOW_LOG2)
 
 
 @triton.jit
@@ -46,7 +47,8 @@ def softmax_step(s, max_log2, row_sum, unit_log2):
 def finish(max_log2, row_sum, sink_ptr, head_idx):
     """The factor that turns the accumulator into the output, and the lse, both [BLOCK_Q] float32.
 
-    A sink is one more key, with a score and no value. A row without key and sink gets (0, -inf).
+    A sink is one more key, with a score and no value. A row without key and sink gets (0, -inf), and so does one whose
+    keys a bias hides, all of them: elsewhere such keys have no weight beside those that are seen.
     """
     rescale = tl.full(row_sum.shape, 1.0, tl.float32)
     if sink_ptr is not None:
@@ -56,7 +58,7 @@ def finish(max_log2, row_sum, sink_ptr, head_idx):
         rescale = tl.exp2(max_log2 - shift)
         row_sum = row_sum * rescale + tl.exp2(sink_log2 - shift)
         max_log2 = total_max
-    sees_nothing = row_sum == 0.0
+    sees_nothing = max_log2 <= HIDDEN_BELOW_LOG2
     row_sum = tl.where(sees_nothing, 1.0, row_sum)
     # In float64, so that the lse is rounded once: the backward's probabilities are as exact as it is.
     lse_log2 = guarded(max_log2).to(tl.float64) + tl.log2(row_sum).to(tl.float64)

@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.backends.triton import constants
 from flashtile.backends.triton.primitives.addressing import row_pointer
 from flashtile.backends.triton.primitives.dropout import survivors
 from flashtile.backends.triton.primitives.masking import is_visible
 from flashtile.backends.triton.primitives.online_softmax import INF, LOG2_E
-
-HIDDEN_BELOW_LOG2 = tl.constexpr(constants.HIDDEN_BELOW_LOG2)
 
 
 class HeadRules(NamedTuple):
@@ -67,24 +64,23 @@ def scored(
     else:
         q_pos, kv_pos = q_pos[:, None], kv_pos[None, :]
 
-    # Fused products are spelled out, for forward and backward to round alike: else p = exp2(s - lse) adds up to 1 + e.
     s, capped, to_log2 = product, product, rules.scale_log2
     if rules.softcap is not None:
         capped = tanh(product * rules.softcap.scale_by_cap)
         s, to_log2 = capped, rules.softcap.cap_log2
-    if rules.bias is not None:
-        bias_log2 = _element(rules.bias, head, q_pos, kv_pos).to(tl.float32) * LOG2_E
-        s = tl.fma(s, to_log2, bias_log2)
-        s = tl.where(s <= HIDDEN_BELOW_LOG2, -INF, s)
-    elif rules.softcap is not None or rules.alibi is not None:
-        s = tl.fma(s, to_log2, 0.0)
-    if rules.alibi is not None:
-        distance = q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos
-        s = tl.fma(tl.abs(distance.to(tl.float32)), -slope_log2(head), s)
+    if rules.softcap is not None or rules.bias is not None or rules.alibi is not None:
+        # Fused products are spelled out, for forward and backward to round alike: else all p add up to 1 + e.
+        added = 0.0
+        if rules.bias is not None:
+            added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32) * LOG2_E
+        if rules.alibi is not None:
+            distance = tl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(tl.float32))
+            added = tl.fma(distance, -slope_log2(head), added)
+        s = tl.fma(s, to_log2, added)
+    if rules.mask is not None:
+        s = tl.where(pair_tile(rules.mask, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV) != 0, s, -INF)
     if not tile.is_full:
         s = tl.where(is_visible(rules.window, q_pos, kv_pos, sequence.seqlen_q, sequence.seqlen_kv), s, -INF)
-    if rules.mask is not None:
-        s = tl.where(_element(rules.mask, head, q_pos, kv_pos) != 0, s, -INF)
     return s, capped
 
 
@@ -122,9 +118,19 @@ def tanh(x):
 
 
 @triton.jit
-def _element(matrix, head, q_pos, kv_pos):
-    """Elements of a bias or mask at positions that broadcast against each other; 0 beyond the sequence's end."""
-    sequence = head.sequence
-    base = row_pointer(matrix, sequence.batch_idx, head.head_idx, 0)
-    pointers = base + q_pos.to(tl.int64) * matrix.row_stride + kv_pos.to(tl.int64) * matrix.col_stride
-    return tl.load(pointers, mask=(q_pos < sequence.seqlen_q) & (kv_pos < sequence.seqlen_kv), other=0)
+def pair_tile(matrix, head, tile, TRANSPOSED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """The tile of a bias or mask that belongs to a tile of scores, 0 where it has no elements.
+
+    Keys beyond the end of a packed sequence are read where the matrix has some, and hidden later: a bound that is a
+    multiple of 16 lets one instruction read many elements.
+    """
+    q_idx, kv_idx = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
+    if TRANSPOSED:
+        q_idx, kv_idx = q_idx[None, :], kv_idx[:, None]
+    else:
+        q_idx, kv_idx = q_idx[:, None], kv_idx[None, :]
+    ptr = row_pointer(matrix, head.sequence.batch_idx, head.head_idx, tile.q_begin)
+    ptr += tl.cast(tile.kv_begin, tl.int64) * matrix.col_stride
+    exists = (tile.q_begin + q_idx < head.sequence.seqlen_q) & (tile.kv_begin + kv_idx < matrix.num_cols)
+    offsets = q_idx.to(tl.int64) * matrix.row_stride + kv_idx.to(tl.int64) * matrix.col_stride
+    return tl.load(ptr + offsets, mask=exists, other=0)

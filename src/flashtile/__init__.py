@@ -6,6 +6,7 @@ from flashtile.explain import explain
 from flashtile.functional import attention, attention_varlen, attention_varlen_with_lse, attention_with_lse
 from flashtile.spec.merge import merge_attention
 from flashtile.support import support_matrix
+from flashtile.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "explain",
     "merge_attention",
     "support_matrix",
+    "warmup",
 ]

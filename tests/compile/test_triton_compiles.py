@@ -49,6 +49,11 @@ def test_every_row_fits(family: str, kernel: str, tmp_path: Path) -> None:
     print(compile_all(family, kernel, "0,1,2", None, tmp_path))
 
 
+def test_every_subset_of_the_options(tmp_path: Path) -> None:
+    """Triton 3.6 forgot compile-time numbers of some options where others were missing; the interpreter does not."""
+    print(compile_all("sm_90", "mixes", "0", None, tmp_path))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_sequences_with_every_option(family: str, tmp_path: Path) -> None:
     print(compile_all(family, "packed", "2", None, tmp_path))

@@ -164,8 +164,23 @@ def needs(kernel: Any) -> dict[str, int]:
     return found | {"registers": int(match[1]), "spills": int(match[2])}
 
 
+def mixes(family: str) -> Iterator[dict[str, Any]]:
+    """The forward with every subset of the options: each is a tuple of its own among the arguments, or ``None``."""
+    dtype, width = torch.bfloat16, 64
+    choices = {name: special_case(name, dtype) for name in ("bias", "mask", "alibi", "softcap")}
+    choices["dropout"] = {"dropout_p": 0.1, "dropout_seed": 1}
+    for size in range(len(choices) + 1):
+        for names in itertools.combinations(choices, size):
+            changes = {key: value for name in names for key, value in choices[name].items()}
+            found = needs(compiled(family, "forward", 0, width, dtype, **changes))
+            yield {"dtype": str(dtype), "width": width, "column": "+".join(names), **found}
+
+
 def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """What every row of the family's table needs, and the rows for problems without a window; or all kernels packed."""
+    if kernel == "mixes":
+        yield from mixes(family)
+        return
     if kernel == "packed":
         for dtype in (torch.bfloat16, torch.float32):
             for name, found in compiled_packed(family, dtype).items():

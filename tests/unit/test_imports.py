@@ -32,6 +32,7 @@ PUBLIC = [
     "explain",
     "merge_attention",
     "support_matrix",
+    "warmup",
 ]
 NEVER_IMPORTED = ["triton", "matplotlib", "rich", "jinja2", "PIL", "transformers", "hypothesis", "pytest"]
 SECONDS_ALLOWED = 0.3

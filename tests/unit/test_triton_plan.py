@@ -15,7 +15,8 @@ H200 = devices.by_name("h200")
 
 
 def posed(**changes: Any) -> AttentionProblem:
-    return sizes.pose(**({"seqlen_q": 128, "heads_q": 4, "head_dim": 64} | changes))
+    call: dict[str, Any] = {"seqlen_q": 128, "heads_q": 4, "head_dim": 64}
+    return sizes.pose(**(call | changes))
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def mixes(family: str) -> Iterator[dict[str, Any]]:
 
 
 def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """What every row of the family's table needs, and the rows for problems without a window; or all kernels packed."""
+    """What every row of the family's table needs, and its special rows; or every mix of options, or all kernels packed."""
     if kernel == "mixes":
         yield from mixes(family)
         return

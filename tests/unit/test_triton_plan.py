@@ -40,18 +40,18 @@ def test_tiles_below_64_are_as_wide_as_each_other(head_dim: int, head_dim_v: int
     ("changes", "expected"),
     [
         ({}, "full"),
-        ({"causal": True}, None),
+        ({"causal": True}, "ordinary"),
         ({"heads_kv": 1}, "full"),
         ({"bias_shape": (1, 4, 128, 128)}, "bias"),
         ({"bias_shape": (1, 4, 128, 128), "causal": True}, "bias"),
-        ({"bias_shape": (1, 4, 128, 128), "window": (8, 0)}, None),
-        ({"mask_shape": (1, 1, 128, 128), "heads_kv": 1}, None),
-        ({"mask_shape": (1, 1, 128, 128), "softcap": 20.0}, None),
+        ({"bias_shape": (1, 4, 128, 128), "window": (8, 0)}, "ordinary"),
+        ({"mask_shape": (1, 1, 128, 128), "heads_kv": 1}, "ordinary"),
+        ({"mask_shape": (1, 1, 128, 128), "softcap": 20.0}, "ordinary"),
         ({"has_alibi": True}, "alibi"),
-        ({"has_alibi": True, "dropout_p": 0.1}, None),
+        ({"has_alibi": True, "dropout_p": 0.1}, "ordinary"),
     ],
 )
-def test_special_cases_have_one_option_and_nothing_else(changes: dict[str, Any], expected: str | None) -> None:
+def test_special_cases_have_one_option_and_nothing_else(changes: dict[str, Any], expected: str) -> None:
     assert tiles.special_case(posed(**changes)) == expected
 
 

@@ -240,17 +240,18 @@ _TABLE: dict[str, dict[tuple[str, int], dict[int, tuple[Row | None, Row | None, 
 ``None`` where no tiles fit.
 """
 
+_ONE_OPTION = ("bias", "mask", "alibi", "softcap")
 _SPECIAL: dict[tuple[str, str, int, int], dict[str, Row]] = {
-    ("sm_90", "forward", 2, 64): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (64, 64, 4, 3)),
+    ("sm_90", "forward", 2, 64): dict.fromkeys(_ONE_OPTION, (64, 64, 4, 3)),
     ("sm_90", "forward", 2, 128): {
         "full": (128, 128, 8, 2),
         "mask": (64, 64, 4, 2),
         "alibi": (64, 64, 4, 3),
         "softcap": (64, 64, 4, 3),
     },
-    ("sm_90", "forward", 2, 256): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (128, 64, 8, 2)),
-    ("sm_90", "backward_kv", 2, 64): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (64, 64, 4, 3)),
-    ("sm_90", "backward_kv", 2, 128): dict.fromkeys(("bias", "mask", "alibi", "softcap"), (64, 128, 8, 3)),
+    ("sm_90", "forward", 2, 256): dict.fromkeys(_ONE_OPTION, (128, 64, 8, 2)),
+    ("sm_90", "backward_kv", 2, 64): dict.fromkeys(_ONE_OPTION, (64, 64, 4, 3)),
+    ("sm_90", "backward_kv", 2, 128): dict.fromkeys(_ONE_OPTION, (64, 128, 8, 3)),
     ("sm_90", "backward_kv", 2, 256): dict.fromkeys(("bias", "mask", "alibi"), (64, 32, 4, 2)),
     ("sm_90", "backward_q", 2, 128): {"mask": (64, 64, 4, 2)},
 }
@@ -283,20 +284,15 @@ def demand(problem: AttentionProblem) -> int:
     return int(has_pair_operand or problem.has_alibi or problem.softcap > 0)
 
 
-def special_case(problem: AttentionProblem) -> str | None:
-    """The one option that a problem without groups or left window has; "full" if it has none, and no window at all."""
-    has = {
-        "bias": problem.bias_shape is not None,
-        "mask": problem.mask_shape is not None,
-        "alibi": problem.has_alibi,
-        "softcap": problem.softcap > 0,
-        "dropout": problem.dropout_p > 0,
-    }
-    found = [name for name, is_there in has.items() if is_there]
+def special_case(problem: AttentionProblem) -> str:
+    """The only option, if there are no groups and no left window; "full" without option and window; else "ordinary"."""
+    is_there = (problem.bias_shape is not None, problem.mask_shape is not None, problem.has_alibi, problem.softcap > 0)
+    found = [name for name, is_used in zip(_ONE_OPTION, is_there, strict=True) if is_used]
+    if problem.dropout_p > 0 or len(found) > 1:
+        return "ordinary"
     if not found:
-        return "full" if problem.mask.is_unlimited else None
-    is_simple = len(found) == 1 and problem.heads_per_kv == 1 and problem.mask.left is None
-    return found[0] if is_simple else None
+        return "full" if problem.mask.is_unlimited else "ordinary"
+    return found[0] if problem.heads_per_kv == 1 and problem.mask.left is None else "ordinary"
 
 
 def tiles_for(problem: AttentionProblem, table: str) -> dict[str, GpuTiles]:
@@ -306,7 +302,7 @@ def tiles_for(problem: AttentionProblem, table: str) -> dict[str, GpuTiles]:
     rows: dict[str, Row | None] = {"row_statistics": (max(8, min(STATISTICS_ROWS, 4096 // width)), 1, 4, 1)}
     for kernel in kernels_of(problem):
         special = _SPECIAL.get((table, kernel, itemsize, width), {})
-        rows[kernel] = special.get(case or "", _TABLE[table][kernel, itemsize][width][column])
+        rows[kernel] = special.get(case, _TABLE[table][kernel, itemsize][width][column])
     return {
         kernel: GpuTiles(block_q=row[0], block_kv=row[1], num_warps=row[2], num_stages=row[3])
         for kernel, row in rows.items()

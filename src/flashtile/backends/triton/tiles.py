@@ -285,7 +285,7 @@ def demand(problem: AttentionProblem) -> int:
 
 
 def special_case(problem: AttentionProblem) -> str:
-    """The only option, if there are no groups and no left window; "full" without option and window; else "ordinary"."""
+    """The only option, if neither groups nor a left window; "full": no option, no window; else "ordinary"."""
     is_there = (problem.bias_shape is not None, problem.mask_shape is not None, problem.has_alibi, problem.softcap > 0)
     found = [name for name, is_used in zip(_ONE_OPTION, is_there, strict=True) if is_used]
     if problem.dropout_p > 0 or len(found) > 1:

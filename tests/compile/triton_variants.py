@@ -177,7 +177,7 @@ def mixes(family: str) -> Iterator[dict[str, Any]]:
 
 
 def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """What every row of the family's table needs, and its special rows; or every mix of options, or all kernels packed."""
+    """What the rows of the family's table need, special rows too; or every mix of options, or all kernels packed."""
     if kernel == "mixes":
         yield from mixes(family)
         return

@@ -6,7 +6,7 @@ In order: scale, softcap, bias and ALiBi, masks. Only this file knows these opti
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class ScoreRules:
     problem: AttentionProblem
     operands: Operands
     sequence: Sequence
+    _hidden_pairs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, repr=False)
 
     def hides(self, tile: Tile) -> bool:
         """Whether the boolean mask empties the whole tile, so that it need not be computed."""
@@ -62,8 +63,7 @@ class ScoreRules:
             q_pos, kv_pos = self._positions(tile)
             s -= slopes[:, None, None] * (q_pos + self._offset - kv_pos).abs()
         if not tile.is_full:
-            q_pos, kv_pos = self._positions(tile)
-            s.masked_fill_(~masks.is_visible(self.problem.mask, q_pos, kv_pos, self._offset), -math.inf)
+            s.masked_fill_(self._hidden(tile), -math.inf)
         if operands.mask is not None:
             s.masked_fill_(~self._tile_of(operands.mask, tile), -math.inf)
         return s
@@ -88,6 +88,15 @@ class ScoreRules:
             kv_end=tile.cols.stop,
         )
         return p * keep / (1 - dropout_p)
+
+    def _hidden(self, tile: Tile) -> Tensor:
+        """Which pairs of a partial tile the window hides; tiles of one size and distance from the diagonal share it."""
+        rows, cols = tile.rows, tile.cols
+        place = (cols.start - rows.start, rows.stop - rows.start, cols.stop - cols.start)
+        if place not in self._hidden_pairs:
+            q_pos, kv_pos = self._positions(tile)
+            self._hidden_pairs[place] = ~masks.is_visible(self.problem.mask, q_pos, kv_pos, self._offset)
+        return self._hidden_pairs[place]
 
     @property
     def _offset(self) -> int:

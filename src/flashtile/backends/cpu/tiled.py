@@ -74,7 +74,7 @@ def _forward_sequence(rules: ScoreRules, blocks: TileConfig, products: torch.dty
             rescale = torch.exp(row_max - shift)
             row_sum = row_sum * rescale + p.sum(dim=-1, keepdim=True)
             p = _by_kv_head(scratch.cast("p", rules.dropped(p, tile), products), heads_kv)
-            acc = acc * rescale + _by_q_head(p @ v, heads_q)
+            acc = acc * rescale + _by_q_head(scratch.product("share", p, v), heads_q)
             row_max = new_max
 
         out[:, rows] = acc / row_sum.masked_fill(row_sum == 0, 1.0)
@@ -133,15 +133,16 @@ def _backward_sequence(
             s = rules.scaled_and_capped(s)
             slope = rules.slope_of_cap(s)
             p = _exp_(rules.biased_and_masked(s, tile), minus=lse_all[:, rows])
-            d_v += _by_kv_head(scratch.cast("p", rules.dropped(p, tile), products), heads_kv).mT @ d_o
+            p_dropped = _by_kv_head(scratch.cast("p", rules.dropped(p, tile), products), heads_kv)
+            d_v += scratch.product("share", p_dropped.mT, d_o)
             d_p = rules.dropped(_by_q_head(scratch.product("d_p", d_o, v.mT), heads_q), tile)
             d_s = p.mul_(d_p.sub_(delta_all[:, rows]))
             if "bias" in problem.gradients:
                 rules.add_bias_gradient(grads["bias"], d_s, tile)
             d_s = d_s if slope is None else d_s.mul_(slope)
             d_s = _by_kv_head(scratch.cast("d_s", d_s, products), heads_kv)
-            d_k += d_s.mT @ q
-            d_q_all[:, rows] += _by_q_head(d_s @ k, heads_q)
+            d_k += scratch.product("share", d_s.mT, q)
+            d_q_all[:, rows].add_(_by_q_head(scratch.product("share", d_s, k), heads_q))  # += would copy it onto itself
 
         sequence.kv_rows(grads["k"])[:, cols] = d_k.mul_(problem.scale)  # s = scale * q @ k.T
         sequence.kv_rows(grads["v"])[:, cols] = d_v

@@ -8,13 +8,14 @@ from functools import lru_cache
 from flashtile import settings
 from flashtile.backends.base import Plan, Planner
 from flashtile.backends.cpu import plan as cpu
+from flashtile.backends.hopper import plan as hopper
 from flashtile.backends.naive import plan as naive
 from flashtile.backends.triton import plan as triton
 from flashtile.errors import FallbackRefused, UnsupportedProblem, invalid
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
-BACKENDS: dict[str, Planner] = {"cpu": cpu, "triton": triton, "naive": naive}
+BACKENDS: dict[str, Planner] = {"cpu": cpu, "hopper": hopper, "triton": triton, "naive": naive}
 """Every backend, fastest first; ``auto`` takes the first that does not reject the problem."""
 
 

@@ -1,0 +1,141 @@
+"""What the backward kernels have in common: the share of a program, the warp that loads and the one that adds up d_q."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from flashtile.backends.hopper import constants
+from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row
+from flashtile.backends.hopper.primitives.channel import claim
+from flashtile.backends.hopper.primitives.gluon_compat import tma_add, tma_load
+from flashtile.backends.hopper.primitives.masking import q_tiles
+
+ROWS = gl.constexpr(constants.ROWS)
+NUM_CONSUMERS = gl.constexpr(2)
+
+
+class Call(NamedTuple):
+    """What every partition knows of the call."""
+
+    rules: Any
+    sequences: Any
+    heads: Any
+    seqlen_q: Any
+    seqlen_kv: Any
+
+
+class Work(NamedTuple):
+    """What one program does: a tile of keys, and the tiles of queries that see any of it, for each head of a group."""
+
+    sequence: Any
+    batch_idx: Any
+    kv_head_idx: Any
+    kv_begin: Any
+    tiles: Any
+    num_tiles: Any
+    num_steps: Any
+
+
+class Channels(NamedTuple):
+    """What lies in shared memory: K and V [parts, 64, columns], the streams of Q and d_out, d_q on its way to memory.
+
+    The two numbers of each query row come with the tile of d_out, in its slots.
+    """
+
+    k: Any
+    v: Any
+    kv_ready: Any
+    q: Any
+    d_out: Any
+    lse_log2: Any
+    delta: Any
+    d_q: Any
+
+
+@gluon.jit
+def find_work(call, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr):
+    """The program's share; one without keys has no steps."""
+    num_kv_tiles = gl.cdiv(call.seqlen_kv, BLOCK_KV)
+    program_idx = gl.program_id(0)
+    heads_kv = call.heads.num_q // call.heads.per_kv
+    head = program_idx // num_kv_tiles
+    kv_head_idx, batch_idx = head % heads_kv, head // heads_kv
+    sequence = find_sequence(call.sequences, batch_idx, call.seqlen_q, call.seqlen_kv)
+    kv_begin = (program_idx % num_kv_tiles) * BLOCK_KV
+    kv_end = gl.minimum(kv_begin + BLOCK_KV, sequence.seqlen_kv)
+    tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, kv_begin, kv_end, BLOCK_Q)
+    num_tiles = gl.where(kv_begin < sequence.seqlen_kv, tiles.end - tiles.begin, 0)
+    return Work(sequence, batch_idx, kv_head_idx, kv_begin, tiles, num_tiles, num_tiles * call.heads.per_kv)
+
+
+@gluon.jit
+def tile_and_head(work, call, step):
+    """(tile of queries, query head) of a step: tile after tile, head after head."""
+    tile_idx, head_idx = work.tiles.begin + step, work.kv_head_idx
+    if call.heads.per_kv > 1:
+        tile_idx = work.tiles.begin + step % work.num_tiles
+        head_idx = work.kv_head_idx * call.heads.per_kv + step // work.num_tiles
+    return tile_idx, head_idx
+
+
+@gluon.jit
+def load(call, channels, loads):
+    q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc = loads
+    BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
+    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
+    BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
+    NUM_PARTS: gl.constexpr = channels.k.shape[0]
+    NUM_SLOTS: gl.constexpr = channels.d_out.tiles.shape[0]
+    work = find_work(call, BLOCK_Q, NUM_PARTS * ROWS)
+    sequence = work.sequence
+    if work.num_steps > 0:
+        kv_ready = channels.kv_ready.index(0)
+        mbarrier.expect(kv_ready, NUM_PARTS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+        for part in gl.static_range(NUM_PARTS):
+            place = [sequence.buffer_idx, work.kv_head_idx, sequence.kv_begin + work.kv_begin + part * ROWS, 0]
+            tma_load(k_desc, place, kv_ready, channels.k.index(part).reshape([1, 1, ROWS, BLOCK_D]))
+            tma_load(v_desc, place, kv_ready, channels.v.index(part).reshape([1, 1, ROWS, BLOCK_DV]))
+    numbers: gl.constexpr = lse_log2_desc.block_type.nbytes + delta_desc.block_type.nbytes
+    for step in range(work.num_steps):
+        tile_idx, head_idx = tile_and_head(work, call, step)
+        row = tile_idx * BLOCK_Q
+        place = [sequence.buffer_idx, head_idx, sequence.q_begin + row, 0]
+        tile, ready = claim(channels.q, step, q_desc.block_type.nbytes)
+        tma_load(q_desc, place, ready, tile.reshape([1, 1, BLOCK_Q, BLOCK_D]))
+        tile, ready = claim(channels.d_out, step, d_out_desc.block_type.nbytes + numbers)
+        number_row, number_col = statistics_row(call, sequence, work.batch_idx, head_idx, row)
+        slot = step % NUM_SLOTS
+        tma_load(lse_log2_desc, [number_row, number_col], ready, channels.lse_log2.index(slot))
+        tma_load(delta_desc, [number_row, number_col], ready, channels.delta.index(slot))
+        tma_load(d_out_desc, place, ready, tile.reshape([1, 1, BLOCK_Q, BLOCK_DV]))
+
+
+@gluon.jit
+def add_d_q(call, channels, d_q_desc):
+    """Adds d_q to memory piece by piece: a consumer has half of a tile's columns if it has 64 queries, else of its rows."""
+    BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
+    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
+    COLS: gl.constexpr = channels.d_q.tiles.shape[2]
+    NUM_PIECES: gl.constexpr = BLOCK_Q * BLOCK_D // (NUM_CONSUMERS * ROWS * COLS)
+    work = find_work(call, BLOCK_Q, channels.k.shape[0] * ROWS)
+    sequence = work.sequence
+    for step in range(work.num_steps):
+        tile_idx, head_idx = tile_and_head(work, call, step)
+        row = sequence.q_begin + tile_idx * BLOCK_Q
+        for piece in gl.static_range(NUM_PIECES):
+            for part in gl.static_range(NUM_CONSUMERS):
+                mbarrier.wait(channels.d_q.ready.index(part), (step * NUM_PIECES + piece) & 1)
+                tile = channels.d_q.tiles.index(part).reshape([1, 1, ROWS, COLS])
+                if BLOCK_Q == ROWS:
+                    col = (part * NUM_PIECES + piece) * COLS
+                    tma_add(d_q_desc, [sequence.buffer_idx, head_idx, row, col], tile)
+                else:
+                    tma_add(d_q_desc, [sequence.buffer_idx, head_idx, row + part * ROWS, 0], tile)
+            tma.store_wait(1)
+            mbarrier.arrive(channels.d_q.empty.index(0), count=1)
+            tma.store_wait(0)
+            mbarrier.arrive(channels.d_q.empty.index(1), count=1)

@@ -1,0 +1,227 @@
+"""Backward on Hopper for heads of 129 to 256: d_k and d_v do not fit into one warpgroup's registers, so each has its own.
+
+Like ``backward``, with 64 keys per program and other consumers:
+
+| partition | does |
+|---|---|
+| ``values`` | S and P of every tile, d_v, and the left half of d_q |
+| ``keys`` | dP and dS of every tile, with P from ``values``, d_k, and the right half of d_q |
+
+P and dS go through shared memory in the inputs' dtype, as they are for the products that take them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.backends.hopper.backward_parts import (
+    NUM_CONSUMERS,
+    ROWS,
+    Call,
+    Channels,
+    add_d_q,
+    find_work,
+    load,
+    tile_and_head,
+)
+from flashtile.backends.hopper.primitives import scores
+from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release, slot_to_fill
+from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
+from flashtile.backends.hopper.primitives.masking import is_full
+from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
+
+
+class Exchange(NamedTuple):
+    """Tiles [64 keys, 64 queries] between the consumers: P one way, dS the other."""
+
+    p: Any
+    d_s: Any
+
+
+@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+def attention_backward_wide(
+    q_desc,
+    k_desc,
+    v_desc,
+    d_out_desc,
+    lse_log2_desc,
+    delta_desc,
+    d_q_desc,
+    d_k_matrix,
+    d_v_matrix,
+    scale,
+    rules,
+    sequences,
+    heads,
+    seqlen_q,
+    seqlen_kv,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    BLOCK_D: gl.constexpr = q_desc.block_shape[3]
+    BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
+    dtype: gl.constexpr = q_desc.dtype
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
+    channels = Channels(
+        gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_D], k_layout),
+        gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_DV], v_layout),
+        make_barriers(1, 1),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_CONSUMERS),
+        make_channel(dtype, 1, ROWS, BLOCK_DV, NUM_CONSUMERS),
+        gl.allocate_shared_memory(gl.float32, [1, 1, ROWS], lse_log2_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [1, 1, ROWS], delta_desc.layout),
+        make_channel(gl.float32, NUM_CONSUMERS, ROWS, d_q_desc.block_shape[3], 1),
+    )
+    exchange = Exchange(make_channel(dtype, 1, ROWS, ROWS, 1), make_channel(dtype, 2, ROWS, ROWS, 1))
+    fence_async_shared()
+
+    call = Call(rules, sequences, heads, seqlen_q, seqlen_kv)
+    loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
+    gl.warp_specialize(
+        [
+            (values, (call, channels, exchange, d_v_matrix, HEAD_DIM_V)),
+            (keys, (call, channels, exchange, d_k_matrix, scale, HEAD_DIM)),
+            (load, (call, channels, loads)),
+            (add_d_q, (call, channels, d_q_desc)),
+        ],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+    )
+
+
+@gluon.jit
+def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
+    BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
+    dtype: gl.constexpr = channels.q.tiles.dtype
+    S: gl.constexpr = product_layout(ROWS)
+    work = find_work(call, ROWS, ROWS)
+    sequence = work.sequence
+    num_keys = sequence.seqlen_kv - work.kv_begin
+    kv_pos = work.kv_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
+    q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
+    unit_log2 = scores.unit_log2(call.rules)
+    d_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+    no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
+    k = channels.k.index(0)
+    is_packed: gl.constexpr = call.sequences.cu_seqlens_kv is not None
+    if work.num_steps > 0:
+        mbarrier.wait(channels.kv_ready.index(0), 0)
+        if is_packed:  # what lies behind a packed sequence may be NaN
+            zero_rows_from(k, num_keys)
+
+    for step in range(work.num_steps):
+        tile_idx, head_idx = tile_and_head(work, call, step)
+        q_begin = tile_idx * ROWS
+        slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
+        head = scores.HeadRules(call.rules, sequence, slope_log2)
+        q = receive(channels.q, step)
+        if is_packed:
+            zero_rows_from(q, sequence.seqlen_q - q_begin)
+        s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        d_out = receive(channels.d_out, step)
+        if is_packed:
+            zero_rows_from(d_out, sequence.seqlen_q - q_begin)
+        lse_log2 = channels.lse_log2.index(0).reshape([ROWS]).load(cols_of(S))
+        s_t = warpgroup_mma_wait(0, deps=[s_token])
+        release(channels.q, step)
+        is_masked = not (is_full(work.tiles, tile_idx) & (num_keys >= ROWS))
+        s_t, _capped = scores.scored(s_t, head, q_begin + q_idx, kv_pos, is_masked)
+        p_t = gl.exp2(gl.fma(s_t, gl.to_tensor(unit_log2), -gl.expand_dims(lse_log2, 0)))
+        p_t = p_t.to(dtype)  # rounded for the product with d_out, and for its way to the other consumer
+        slot_to_fill(exchange.p, step).store(p_t)
+        mbarrier.arrive(exchange.p.ready.index(0), count=1)
+        p_operand = gl.convert_layout(p_t, operand_layout(BLOCK_DV))
+        d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
+        d_q = d_q_half(channels, exchange, step, 0, d_v_token)
+        d_q, d_v = warpgroup_mma_wait(0, deps=d_q)
+        release(channels.d_out, step)
+        release(exchange.d_s, step)
+        send_d_q(channels, d_q, step, 0)
+
+    row = sequence.kv_begin + work.kv_begin
+    store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
+
+
+@gluon.jit
+def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
+    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
+    dtype: gl.constexpr = channels.q.tiles.dtype
+    S: gl.constexpr = product_layout(ROWS)
+    work = find_work(call, ROWS, ROWS)
+    sequence = work.sequence
+    num_keys = sequence.seqlen_kv - work.kv_begin
+    d_k = gl.zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+    no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
+    v = channels.v.index(0)
+    is_packed: gl.constexpr = call.sequences.cu_seqlens_kv is not None
+    if work.num_steps > 0:
+        mbarrier.wait(channels.kv_ready.index(0), 0)
+        if is_packed:
+            zero_rows_from(v, num_keys)
+            zero_rows_from(channels.k.index(0), num_keys)
+
+    for step in range(work.num_steps):
+        tile_idx, _head_idx = tile_and_head(work, call, step)
+        num_rows = sequence.seqlen_q - tile_idx * ROWS
+        d_out = receive(channels.d_out, step)
+        if is_packed:
+            zero_rows_from(d_out, num_rows)
+        d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        delta = channels.delta.index(0).reshape([ROWS]).load(cols_of(S))
+        q = receive(channels.q, step)
+        if is_packed:
+            zero_rows_from(q, num_rows)
+        p_t = receive(exchange.p, step).load(S).to(gl.float32)
+        release(exchange.p, step)
+        d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
+        release(channels.d_out, step)
+        d_s_t = (p_t * (d_p_t - gl.expand_dims(delta, 0))).to(dtype)  # rounded for the products with Q and K
+        slot_to_fill(exchange.d_s, step).store(d_s_t)
+        fence_async_shared()
+        mbarrier.arrive(exchange.d_s.ready.index(step & 1), count=1)
+        d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
+        d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
+        d_q = d_q_half(channels, exchange, step, 1, d_k_token)
+        d_q, d_k = warpgroup_mma_wait(0, deps=d_q)
+        release(channels.q, step)
+        send_d_q(channels, d_q, step, 1)
+
+    row = sequence.kv_begin + work.kv_begin
+    store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM)
+
+
+@gluon.jit
+def d_q_half(channels, exchange, step, part: gl.constexpr, other_token):
+    """(token of dS @ K for one consumer's half of the columns, the token that it runs beside)."""
+    HALF: gl.constexpr = channels.q.tiles.shape[2] // NUM_CONSUMERS
+    no_d_q = gl.zeros([ROWS, HALF], gl.float32, product_layout(HALF))
+    d_s = receive(exchange.d_s, step).permute((1, 0))
+    k_half = channels.k.index(0).slice(part * HALF, HALF, dim=1)
+    return warpgroup_mma(d_s, k_half, no_d_q, use_acc=False, is_async=True), other_token
+
+
+@gluon.jit
+def send_d_q(channels, d_q, step, part: gl.constexpr):
+    """Hands a half of d_q to ``add_d_q`` in two pieces, through one consumer's slot."""
+    COLS: gl.constexpr = channels.d_q.tiles.shape[2]
+    left, right = d_q.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
+    for piece in gl.static_range(2):
+        mbarrier.wait(channels.d_q.empty.index(part), ((2 * step + piece) & 1) ^ 1)
+        tile = channels.d_q.tiles.index(part)
+        tile.store(right if piece else left)
+        fence_async_shared()
+        mbarrier.arrive(channels.d_q.ready.index(part), count=1)

@@ -1,0 +1,14 @@
+"""Numbers that kernels and host code have to agree on. Imports nothing, so that kernels may import it."""
+
+import math
+
+LOG2_E = math.log2(math.e)
+
+ROWS = 64
+"""Rows of one warpgroup's product; every consumer partition works on this many rows of the score tile."""
+
+STATISTICS_ROWS = 128
+"""The backward's own numbers of a sequence fill up whole blocks of this many rows, the largest BLOCK_Q.
+
+Packed, sequence b starts at block b + q_begin // STATISTICS_ROWS, which leaves every sequence the blocks it needs.
+"""

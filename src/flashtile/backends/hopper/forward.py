@@ -1,0 +1,300 @@
+"""Forward on Hopper: one warp loads tiles with TMA, two or three warpgroups compute (FlashAttention-3, algorithm 1).
+
+| partition | does |
+|---|---|
+| ``load`` | one warp: Q tiles of a share, then its K and V tiles, the last first, as slots become free |
+| ``softmax_and_pv`` | four warps each: 64 rows of the block's queries; the product S of one tile runs beside P @ V of the tile before |
+
+| name | what |
+|---|---|
+| q, k, v | channels of tiles [64, BLOCK_D], [BLOCK_KV, BLOCK_D], [BLOCK_KV, BLOCK_DV] in shared memory |
+| s, p | scores and unnormalised probabilities [64, BLOCK_KV] in registers, float32; ``p_operand`` in the inputs' dtype |
+| max_log2, row_sums | softmax statistics: the maximum [64], and each thread's part of the sum [64, 4], float32 |
+| acc | the output before normalisation [64, BLOCK_DV] in registers, float32 |
+
+Source: Shah et al. 2024, "FlashAttention-3" (warp specialisation, overlap of softmax and products).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.backends.hopper import constants
+from flashtile.backends.hopper.primitives import scores
+from flashtile.backends.hopper.primitives.addressing import find_sequence, row_offset
+from flashtile.backends.hopper.primitives.channel import fill, make_channel, receive, release
+from flashtile.backends.hopper.primitives.gluon_compat import barrier, tma_store
+from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
+from flashtile.backends.hopper.primitives.masking import TileRange, is_full, kv_tiles
+from flashtile.backends.hopper.primitives.online_softmax import INF, finish, rescaled, softmax_step, thread_sums
+from flashtile.backends.hopper.primitives.scheduling import num_shares, share
+from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
+
+ROWS = gl.constexpr(constants.ROWS)
+
+
+class Call(NamedTuple):
+    """What every partition knows of the call."""
+
+    rules: Any
+    sequences: Any
+    heads: Any
+    schedule: Any
+    seqlen_q: Any
+    seqlen_kv: Any
+
+
+class Results(NamedTuple):
+    """Where results go: ``tiles`` in shared memory and the descriptor, or for packed tensors the matrix alone."""
+
+    desc: Any
+    tiles: Any
+    matrix: Any
+    lse: Any
+    sink_ptr: Any
+
+
+class Block(NamedTuple):
+    """64 queries of one head: their tile, positions, rules, and the channels of keys and values that they see."""
+
+    head: Any
+    q_pos: Any
+    kv_idx: Any
+    q: Any
+    k: Any
+    v: Any
+
+
+class Sums(NamedTuple):
+    """What has come together of the tiles so far; ``p_operand`` is the last tile's, whose P @ V is still to come."""
+
+    max_log2: Any
+    row_sums: Any
+    acc: Any
+    p_operand: Any
+
+
+@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+def attention_forward(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    out_matrix,
+    lse,
+    sink_ptr,
+    rules,
+    sequences,
+    heads,
+    schedule,
+    seqlen_q,
+    seqlen_kv,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_KV: gl.constexpr,
+    NUM_CONSUMERS: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    ORDERED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    BLOCK_D: gl.constexpr = q_desc.block_shape[3]
+    BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
+    dtype: gl.constexpr = q_desc.dtype
+    q = make_channel(dtype, NUM_CONSUMERS, ROWS, BLOCK_D, 1)
+    k = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_D, NUM_CONSUMERS)
+    v = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_DV, NUM_CONSUMERS)
+    out_tiles = None
+    if out_desc is not None:
+        out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
+        out_tiles = gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], out_layout)
+    fence_async_shared()
+
+    call = Call(rules, sequences, heads, schedule, seqlen_q, seqlen_kv)
+    results = Results(out_desc, out_tiles, out_matrix, lse, sink_ptr)
+    if NUM_CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
+                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
+                (load, (call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
+                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
+                (softmax_and_pv, (2, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
+                (load, (call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS],
+        )
+
+
+@gluon.jit
+def load(call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.constexpr):
+    BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
+    BLOCK_KV: gl.constexpr = k.tiles.shape[1]
+    step, turn = 0, 0
+    for share_idx in range(gl.program_id(0), num_shares(call.schedule), gl.num_programs(0)):
+        work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
+        sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
+        block_begin = work.tile_idx * BLOCK_Q
+        if block_begin < sequence.seqlen_q:
+            tiles = visited_tiles(call.rules.window, sequence, block_begin, block_begin, BLOCK_Q, BLOCK_KV)
+            kv_head_idx = work.head_idx // call.heads.per_kv
+            row = sequence.q_begin + block_begin
+            for part in gl.static_range(NUM_CONSUMERS):
+                place = [sequence.buffer_idx, work.head_idx, row + part * ROWS, 0]
+                fill(q, turn * NUM_CONSUMERS + part, q_desc, place)
+            num_tiles = tiles.end - tiles.begin
+            for i in range(num_tiles):
+                row = sequence.kv_begin + (tiles.end - 1 - i) * BLOCK_KV
+                fill(k, step + i, k_desc, [sequence.buffer_idx, kv_head_idx, row, 0])
+                fill(v, step + i, v_desc, [sequence.buffer_idx, kv_head_idx, row, 0])
+            step += num_tiles
+            turn += 1
+
+
+@gluon.jit
+def softmax_and_pv(
+    part: gl.constexpr,
+    call,
+    q,
+    k,
+    v,
+    results,
+    HEAD_DIM_V: gl.constexpr,
+    NUM_CONSUMERS: gl.constexpr,
+    ORDERED: gl.constexpr,
+):
+    BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
+    BLOCK_KV: gl.constexpr = k.tiles.shape[1]
+    BLOCK_DV: gl.constexpr = v.tiles.shape[2]
+    dtype: gl.constexpr = q.tiles.dtype
+    S: gl.constexpr = product_layout(BLOCK_KV)
+    P: gl.constexpr = operand_layout(BLOCK_DV)
+
+    q_idx = gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
+    kv_idx = gl.expand_dims(gl.arange(0, BLOCK_KV, cols_of(S)), 0)
+    no_s = gl.zeros([ROWS, BLOCK_KV], gl.float32, S)
+    step, turn = 0, 0
+    for share_idx in range(gl.program_id(0), num_shares(call.schedule), gl.num_programs(0)):
+        work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
+        sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
+        block_begin = work.tile_idx * BLOCK_Q
+        if block_begin < sequence.seqlen_q:
+            q_begin = block_begin + part * ROWS
+            tiles = visited_tiles(call.rules.window, sequence, block_begin, q_begin, BLOCK_Q, BLOCK_KV)
+            last = tiles.end - 1
+            slope_log2 = scores.slope_log2(call.rules, work.batch_idx, work.head_idx)
+            head = scores.HeadRules(call.rules, sequence, slope_log2)
+            block = Block(head, q_begin + q_idx, kv_idx, receive(q, turn * NUM_CONSUMERS + part), k, v)
+
+            s = warpgroup_mma(block.q, receive(k, step).permute((1, 0)), no_s, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            release(k, step)
+            s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, True)
+            no_max = gl.full([ROWS], -INF, gl.float32, rows_of(S))
+            p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
+            p_operand = gl.convert_layout(p.to(dtype), P)  # rounded for the product with V
+            acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+            sums = Sums(max_log2, thread_sums(p, BLOCK_KV), acc, p_operand)
+            if call.sequences.cu_seqlens_kv is not None:  # what lies behind a packed sequence may be NaN
+                zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV)
+
+            for tile_idx in range(last - 1, tiles.begin - 1, -1):
+                is_masked = not is_full(tiles, tile_idx)
+                sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED)
+
+            step += last - tiles.begin  # the step of the last product P @ V
+            mbarrier.arrive(q.empty.index(part), count=1)
+            acc_token = warpgroup_mma(sums.p_operand, receive(v, step), sums.acc, is_async=True)
+            row_sum = gl.convert_layout(gl.sum(sums.row_sums, 1), rows_of(S))
+            factor, lse = finish(sums.max_log2, row_sum, results.sink_ptr, work.head_idx)
+            row = q_begin + gl.arange(0, ROWS, rows_of(S))
+            place = row_offset(results.lse, sequence, work.head_idx, row)
+            gl.store(results.lse.ptr + place, lse, mask=row < sequence.seqlen_q)
+            acc = warpgroup_mma_wait(0, deps=[acc_token])
+            release(v, step)
+            out = rescaled(acc, factor).to(dtype)
+            if results.desc is not None:
+                tile = results.tiles.index(part)
+                tma.store_wait(0)
+                barrier()
+                tile.store(out)
+                fence_async_shared()
+                barrier()
+                place = [sequence.buffer_idx, work.head_idx, q_begin, 0]
+                tma_store(results.desc, place, tile.reshape([1, 1, ROWS, BLOCK_DV]))
+            else:
+                first, num_rows = sequence.q_begin + q_begin, sequence.seqlen_q - q_begin
+                store_rows(results.matrix, out, sequence.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
+            step += 1
+            turn += 1
+    if results.desc is not None:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: gl.constexpr):
+    """Takes one more tile of keys into the sums; its product S runs beside P @ V of the tile before."""
+    BLOCK_KV: gl.constexpr = block.k.tiles.shape[1]
+    dtype: gl.constexpr = block.q.dtype
+    no_s = gl.zeros([ROWS, BLOCK_KV], gl.float32, product_layout(BLOCK_KV))
+    k_t = receive(block.k, step).permute((1, 0))
+    s_token = warpgroup_mma(block.q, k_t, no_s, use_acc=False, is_async=True)
+    acc_token = warpgroup_mma(sums.p_operand, receive(block.v, step - 1), sums.acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s_token])
+    release(block.k, step)
+    s, _capped = scores.scored(s, block.head, block.q_pos, tile_idx * BLOCK_KV + block.kv_idx, is_masked)
+    p, max_log2, rescale = softmax_step(s, sums.max_log2, scores.unit_log2(block.head.rules))
+    new_sums = thread_sums(p, BLOCK_KV)
+    if ORDERED:
+        new_sums = after(new_sums, part)
+    row_sums = rescaled(sums.row_sums, rescale) + new_sums
+    acc = warpgroup_mma_wait(0, deps=[acc_token])
+    release(block.v, step - 1)
+    acc = rescaled(acc, rescale)
+    p_operand = gl.convert_layout(p.to(dtype), sums.p_operand.type.layout)  # rounded for the product with V
+    return Sums(max_log2, row_sums, acc, p_operand)
+
+
+@gluon.jit
+def visited_tiles(window, sequence, block_begin, q_begin, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr):
+    """The kv tiles that a block of queries visits, at least one; full are those that 64 rows from ``q_begin`` see whole."""
+    seqlen_q, seqlen_kv = sequence.seqlen_q, sequence.seqlen_kv
+    block_end = gl.minimum(block_begin + BLOCK_Q, seqlen_q)
+    block = kv_tiles(window, seqlen_q, seqlen_kv, block_begin, block_end, BLOCK_KV)
+    own = kv_tiles(window, seqlen_q, seqlen_kv, q_begin, q_begin + ROWS, BLOCK_KV)
+    return TileRange(block.begin, own.full_begin, own.full_end, gl.maximum(block.end, block.begin + 1))
+
+
+@gluon.jit
+def after(sums, part: gl.constexpr):
+    """The sums, once all threads of the partition have theirs.
+
+    ptxas moves the wait for P @ V above the exponentials, which then do not run beside the product. It cannot move it
+    above a barrier whose thread count depends on them: on the sign of the sums, which is 0.
+    """
+    return gl.inline_asm_elementwise(after_asm(part), "=f,f", [sums], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def after_asm(part):
+    first_free_barrier = 11
+    count = "{ .reg .b32 c; shr.u32 c, $1, 31; mad.lo.u32 c, c, 128, 128; "
+    return count + f"bar.sync {first_free_barrier + part}, c; mov.b32 $0, $1; }}"

@@ -1,0 +1,176 @@
+"""Fills the kernels' arguments from operands and plan, and launches them. Reads no tensor value on the host."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.base import Gradients, Plan, Saved
+from flashtile.backends.hopper import arguments
+from flashtile.backends.hopper.arguments import Heads, Sequences, tma_ready
+from flashtile.backends.hopper.backward import attention_backward
+from flashtile.backends.hopper.backward_wide import attention_backward_wide
+from flashtile.backends.hopper.constants import LOG2_E, ROWS, STATISTICS_ROWS
+from flashtile.backends.hopper.forward import attention_forward
+from flashtile.backends.hopper.plan import (
+    BackwardTiles,
+    ForwardTiles,
+    heads_per_group,
+    num_q_tiles,
+    stores_by_descriptor,
+    widths,
+)
+from flashtile.backends.hopper.primitives.scheduling import Schedule
+from flashtile.backends.hopper.statistics import attention_row_statistics
+from flashtile.spec import devices
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
+
+_REGISTERS = {2: (240, 24), 3: (160, 32)}
+"""By the number of consumers: registers of a consumer's threads and of the loader's; in all 64 Ki for an SM."""
+
+
+def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[Tensor, Tensor]:
+    tiles = plan.forward.tiles
+    assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
+    q, k, v = (tma_ready(tensor) for tensor in (operands.q, operands.k, operands.v))
+    out = q.new_empty(problem.out_shape)
+    lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
+    if problem.layout == "varlen":  # rows that belong to no sequence
+        out.zero_()
+        lse.fill_(-math.inf)
+    width, width_v = widths(problem)
+    consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
+    with _device_of(q):
+        attention_forward[plan.forward.grid](
+            arguments.descriptor(q, ROWS, width),
+            arguments.descriptor(k, tiles.block_kv, width),
+            arguments.descriptor(v, tiles.block_kv, width_v),
+            arguments.descriptor(out, ROWS, width_v) if stores_by_descriptor(problem) else None,
+            arguments.matrix(out),
+            arguments.row_numbers(lse),
+            operands.sinks,
+            arguments.score_rules(problem, operands),
+            Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
+            Heads(problem.heads_q, problem.heads_per_kv),
+            _schedule(problem, tiles, q.device),
+            problem.seqlen_q,
+            problem.seqlen_kv,
+            HEAD_DIM_V=problem.head_dim_v,
+            BLOCK_KV=tiles.block_kv,
+            NUM_CONSUMERS=tiles.num_consumers,
+            NUM_STAGES=tiles.num_stages,
+            ORDERED=tiles.is_ordered,
+            CONSUMER_REGISTERS=consumer_registers,
+            LOADER_REGISTERS=loader_registers,
+            num_warps=4,
+        )
+    return out, lse
+
+
+def backward(
+    problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
+) -> Gradients:
+    tiles = plan.backward.tiles
+    assert isinstance(tiles, BackwardTiles), "the planner of this backend makes these"
+    wanted = problem.gradients
+    d_out = saved.out.new_zeros(saved.out.shape) if d_out is None else d_out
+    q, k, v, d_out = (tma_ready(tensor) for tensor in (operands.q, operands.k, operands.v, d_out))
+    width, width_v = widths(problem)
+    with _device_of(q):
+        lse_log2, delta = _row_statistics(problem, operands, saved, d_out, d_lse)
+        d_q_sum = _float32_zeros(q)
+        make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
+        d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
+        kernel = attention_backward_wide if width > 128 or width_v > 128 else attention_backward
+        kernel[plan.backward.grid](
+            arguments.descriptor(q, tiles.block_q, width),
+            arguments.descriptor(k, ROWS, width),
+            arguments.descriptor(v, ROWS, width_v),
+            arguments.descriptor(d_out, tiles.block_q, width_v),
+            arguments.numbers_descriptor(lse_log2, tiles.block_q),
+            arguments.numbers_descriptor(delta, tiles.block_q),
+            arguments.descriptor(d_q_sum, ROWS, tiles.d_q_columns(width)),
+            arguments.matrix(d_k),
+            arguments.matrix(d_v),
+            problem.scale,
+            arguments.score_rules(problem, operands),
+            Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
+            Heads(problem.heads_q, problem.heads_per_kv),
+            problem.seqlen_q,
+            problem.seqlen_kv,
+            HEAD_DIM=problem.head_dim,
+            HEAD_DIM_V=problem.head_dim_v,
+            BLOCK_Q=tiles.block_q,
+            NUM_STAGES=tiles.num_stages,
+            CONSUMER_REGISTERS=240,
+            LOADER_REGISTERS=24,
+            num_warps=4,
+        )
+        d_q = torch.empty_like(operands.q, memory_format=torch.contiguous_format)
+        torch.mul(d_q_sum, problem.scale, out=d_q)  # scaled, and rounded once
+        d_sinks = None if operands.sinks is None else _sink_gradient(operands.sinks, lse_log2, delta)
+    found = {"q": d_q, "k": d_k, "v": d_v, "sinks": d_sinks}
+    return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
+
+
+def _row_statistics(
+    problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor, d_lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(lse_log2, delta), [batch, heads, rows] or packed [heads, rows], in whole blocks of ``STATISTICS_ROWS``."""
+    if problem.layout == "varlen":
+        length = (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
+        shape: tuple[int, ...] = (problem.heads_q, length)
+    else:
+        length = -(-problem.seqlen_q // STATISTICS_ROWS) * STATISTICS_ROWS
+        shape = (problem.batch, problem.heads_q, length)
+    # What lies between packed sequences must be a number: the sink's gradient sums over it.
+    lse_log2 = torch.full(shape, math.inf, dtype=torch.float32, device=d_out.device)
+    delta = torch.zeros(shape, dtype=torch.float32, device=d_out.device)
+    width_v = widths(problem)[1]
+    block_rows = max(8, min(STATISTICS_ROWS, 4096 // width_v))
+    num_blocks = -(-problem.seqlen_q // STATISTICS_ROWS) * (STATISTICS_ROWS // block_rows)
+    attention_row_statistics[(num_blocks * problem.heads_q * problem.batch,)](
+        arguments.matrix(saved.out),
+        arguments.matrix(d_out),
+        arguments.row_numbers(saved.lse.contiguous()),
+        None if d_lse is None else arguments.row_numbers(d_lse.contiguous()),
+        arguments.row_numbers(lse_log2),
+        arguments.row_numbers(delta),
+        operands.cu_seqlens_q,
+        problem.heads_q,
+        problem.seqlen_q,
+        HEAD_DIM_V=problem.head_dim_v,
+        BLOCK_DV=width_v,
+        BLOCK_ROWS=block_rows,
+        num_warps=4,
+    )
+    return lse_log2, delta
+
+
+def _float32_zeros(q: Tensor) -> Tensor:
+    """Zeros like q for sums in float32, in rows that TMA can address."""
+    *outer, width = q.shape
+    unit = arguments.ALIGNMENT_BYTES // 4
+    return torch.zeros((*outer, -(-width // unit) * unit), dtype=torch.float32, device=q.device)[..., :width]
+
+
+def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:
+    """A sink is one more key, with a score and no value: its d_p is 0, so d_s = p * (0 - delta)."""
+    exponent = sinks.float()[:, None] * LOG2_E - lse_log2  # [batch, heads, rows] or [heads, rows]
+    per_row = exponent.exp2_().mul_(delta).neg_()
+    return per_row.sum(dim=(0, 2) if per_row.dim() == 3 else 1).to(sinks.dtype)
+
+
+def _schedule(problem: AttentionProblem, tiles: ForwardTiles, device: torch.device) -> Schedule:
+    group = heads_per_group(problem, devices.detect(device))
+    return Schedule(num_q_tiles(problem, tiles), problem.batch * problem.heads_q, group)
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

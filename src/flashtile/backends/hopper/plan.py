@@ -1,0 +1,167 @@
+"""Which tiles the Hopper kernels run with, and what they decline. Imports no Triton: plans are made on any machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from flashtile.backends.base import KernelPlan, Plan, TileConfig
+from flashtile.backends.hopper.constants import ROWS
+from flashtile.spec import units
+from flashtile.spec.devices import DeviceSpec
+from flashtile.spec.problem import AttentionProblem
+
+CAPABILITY = (9, 0)
+DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_HEAD_DIM = 256
+LONGEST = 2**30
+"""Positions, and sums of two of them, are 32-bit integers in the kernels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardTiles(TileConfig):
+    """``block_q`` is 64 rows for each consumer."""
+
+    num_stages: int
+    """Slots for tiles of K, and of V."""
+    is_ordered: bool
+    """Whether the exponentials are kept in front of the wait for P @ V; see ``forward.after``."""
+
+    @property
+    def num_consumers(self) -> int:
+        return self.block_q // ROWS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardTiles(TileConfig):
+    """``block_kv`` is 64 rows for each of two consumers."""
+
+    num_stages: int
+    """Slots for tiles of Q, and of d_out."""
+
+    def d_q_columns(self, width: int) -> int:
+        """The columns of d_q that one consumer hands on at a time."""
+        return width if self.block_q > ROWS else min(width // 2, 64)
+
+
+_FORWARD: dict[tuple[int, bool], ForwardTiles] = {
+    (64, False): ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_ordered=False),
+    (64, True): ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_ordered=False),
+    (128, False): ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=False),
+    (128, True): ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=True),
+    (256, False): ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=False),
+    (256, True): ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=False),
+}
+"""(width of the wider head, is causal) -> tiles."""
+
+_BACKWARD: dict[tuple[int, bool], BackwardTiles] = {
+    (64, False): BackwardTiles(block_q=128, block_kv=128, num_stages=2),
+    (64, True): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
+    (128, False): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
+    (128, True): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
+    (256, False): BackwardTiles(block_q=64, block_kv=64, num_stages=2),
+    (256, True): BackwardTiles(block_q=64, block_kv=64, num_stages=2),
+}
+
+
+def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
+    reasons = list(_rejects_device(device))
+    if problem.dtype not in DTYPES:
+        reasons.append(f"multiplies float16 and bfloat16, not {units.dtype_name(problem.dtype)}")
+    for name, head_dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+        if head_dim > LARGEST_HEAD_DIM:
+            reasons.append(f"takes head_dim up to {LARGEST_HEAD_DIM}, and {name} is {head_dim}")
+    for name, length in (("seqlen_q", problem.seqlen_q), ("seqlen_kv", problem.seqlen_kv)):
+        if length > LONGEST:
+            reasons.append(f"takes sequences up to {LONGEST:,} tokens, and {name} is {length:,}")
+    if problem.is_empty:
+        reasons.append("takes no empty tensors")
+    if problem.deterministic and problem.gradients:
+        reasons.append(
+            "adds up d_q in an order that changes from run to run, and deterministic=True asks for a fixed one"
+        )
+    if max(widths(problem)) > 128 and problem.softcap > 0 and problem.gradients:
+        reasons.append("has no backward with a softcap for head_dim above 128")
+    lacking = {
+        "a bias": problem.bias_shape is not None,
+        "a boolean mask": problem.mask_shape is not None,
+        "dropout": problem.dropout_p > 0,
+        "a scale that is not positive": problem.scale <= 0,
+    }
+    reasons += [f"has no kernel with {name}" for name, is_asked in lacking.items() if is_asked]
+    return tuple(reasons)
+
+
+def _rejects_device(device: DeviceSpec) -> tuple[str, ...]:
+    if device.kind != "cuda" or device.compute_capability != CAPABILITY:
+        return (f"runs on Hopper GPUs (compute capability 9.0), these tensors are on {device.name}",)
+    if _lacks_triton():
+        return ("Triton is not installed; torch's GPU wheels bring it on Linux, else: pip install triton",)
+    return ()
+
+
+@lru_cache(maxsize=1)
+def _lacks_triton() -> bool:
+    """Whether this machine has a GPU but no Triton; without a GPU, plans are made for other machines."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is None
+
+
+def plan(problem: AttentionProblem, device: DeviceSpec) -> Plan:
+    forward, backward = _forward(problem, device), _backward(problem)
+    return Plan(backend="hopper", forward=forward, backward=backward, reason="Gluon kernels for Hopper")
+
+
+def widths(problem: AttentionProblem) -> tuple[int, int]:
+    """(BLOCK_D, BLOCK_DV), the widths of tiles that hold a head."""
+    width, width_v = (max(64, 1 << (head_dim - 1).bit_length()) for head_dim in (problem.head_dim, problem.head_dim_v))
+    return width, width_v
+
+
+def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
+    tiles = _FORWARD[max(widths(problem)), problem.mask.right is not None]
+    num_shares = num_q_tiles(problem, tiles) * problem.heads_q * problem.batch
+    return KernelPlan(
+        kernel="forward",
+        tiles=tiles,
+        grid=(min(num_shares, device.num_sms),),
+        shared_memory_bytes=forward_shared_memory_bytes(problem, tiles),
+        reason=f"{tiles.num_consumers} warpgroups of {ROWS} rows, {tiles.num_stages} stages",
+    )
+
+
+def _backward(problem: AttentionProblem) -> KernelPlan:
+    tiles = _BACKWARD[max(widths(problem)), problem.mask.right is not None]
+    return KernelPlan(
+        kernel="backward",
+        tiles=tiles,
+        grid=(-(-problem.seqlen_kv // tiles.block_kv) * problem.heads_kv * problem.batch,),
+        shared_memory_bytes=0,
+        reason=f"2 warpgroups of {ROWS} keys, {tiles.num_stages} stages",
+    )
+
+
+def num_q_tiles(problem: AttentionProblem, tiles: TileConfig) -> int:
+    return -(-problem.seqlen_q // tiles.block_q)
+
+
+def heads_per_group(problem: AttentionProblem, device: DeviceSpec) -> int:
+    """How many query heads' K and V fit in half of the L2 cache; without causality order does not matter."""
+    if problem.mask.right is None:
+        return 1
+    bytes_per_head = problem.seqlen_kv * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    num_kv_heads = max(1, device.l2_bytes // 2 // max(bytes_per_head, 1))
+    return min(num_kv_heads * problem.heads_per_kv, problem.batch * problem.heads_q)
+
+
+def stores_by_descriptor(problem: AttentionProblem) -> bool:
+    """Whether the output goes through shared memory and TMA: dense, and where a tile of it fits beside the others."""
+    return problem.layout == "dense" and max(widths(problem)) <= 128 and problem.head_dim_v % 8 == 0
+
+
+def forward_shared_memory_bytes(problem: AttentionProblem, tiles: ForwardTiles) -> int:
+    (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
+    rows_q = tiles.block_q * (width + width_v * stores_by_descriptor(problem))
+    return (rows_q + tiles.num_stages * tiles.block_kv * (width + width_v)) * itemsize

@@ -1,0 +1,55 @@
+"""Where tiles lie in memory: the only place that knows packed from dense.
+
+Descriptors have four axes, [batch, heads, rows, columns], and packed tensors one long batch entry. What lies beyond the
+end of an axis is read as 0 and not written; the end of a packed sequence is no such end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flashtile.backends.hopper import constants
+
+STATISTICS_ROWS = gl.constexpr(constants.STATISTICS_ROWS)
+
+
+class Sequence(NamedTuple):
+    """One sequence of the batch: its place in memory, its first rows there (0 if dense), and its lengths."""
+
+    buffer_idx: Any
+    q_begin: Any
+    kv_begin: Any
+    seqlen_q: Any
+    seqlen_kv: Any
+
+
+@gluon.jit
+def find_sequence(sequences, batch_idx, seqlen_q, seqlen_kv):
+    """The sequence ``batch_idx``; ``seqlen_q`` and ``seqlen_kv`` are its lengths if dense, upper bounds if packed."""
+    if sequences.cu_seqlens_q is None:
+        return Sequence(batch_idx, 0, 0, seqlen_q, seqlen_kv)
+    else:
+        q_begin = gl.load(sequences.cu_seqlens_q + batch_idx)
+        kv_begin = gl.load(sequences.cu_seqlens_kv + batch_idx)
+        q_end = gl.load(sequences.cu_seqlens_q + batch_idx + 1)
+        kv_end = gl.load(sequences.cu_seqlens_kv + batch_idx + 1)
+        return Sequence(0, q_begin, kv_begin, q_end - q_begin, kv_end - kv_begin)
+
+
+@gluon.jit
+def row_offset(row_numbers, sequence, head_idx, row_idx):
+    """Where a number per query row of a head lies, in a contiguous [batch, heads, rows] (batch 1 if packed)."""
+    offset = gl.to_tensor(sequence.buffer_idx).to(gl.int64) * row_numbers.batch_stride
+    return offset + gl.to_tensor(head_idx).to(gl.int64) * row_numbers.head_stride + sequence.q_begin + row_idx
+
+
+@gluon.jit
+def statistics_row(call, sequence, batch_idx, head_idx, row):
+    """[head, row] of the backward's number for one query row; see ``STATISTICS_ROWS``."""
+    if call.sequences.cu_seqlens_q is None:
+        return batch_idx * call.heads.num_q + head_idx, row
+    else:
+        return head_idx, (batch_idx + sequence.q_begin // STATISTICS_ROWS) * STATISTICS_ROWS + row

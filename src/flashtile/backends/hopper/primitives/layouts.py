@@ -1,0 +1,30 @@
+"""How products lie in the registers of one warpgroup (four warps, 64 rows)."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def product_layout(num_cols):
+    """Of a product [64, num_cols] in float32."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, num_cols, 16])
+
+
+@gluon.constexpr_function
+def operand_layout(num_cols):
+    """Of a left operand in registers, for a product of ``num_cols`` columns."""
+    return gl.DotOperandLayout(operand_index=0, parent=product_layout(num_cols), k_width=2)
+
+
+@gluon.constexpr_function
+def rows_of(layout):
+    """Of one number per row of a tile in ``layout``."""
+    return gl.SliceLayout(1, layout)
+
+
+@gluon.constexpr_function
+def cols_of(layout):
+    """Of one number per column of a tile in ``layout``."""
+    return gl.SliceLayout(0, layout)

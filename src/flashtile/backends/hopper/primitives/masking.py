@@ -1,0 +1,76 @@
+"""Which tiles and pairs a window leaves visible; mirrors ``flashtile.spec.masks``, where the reasoning is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+class TileRange(NamedTuple):
+    """Tiles [begin, end) hold something visible; of these [full_begin, full_end) are visible everywhere."""
+
+    begin: Any
+    full_begin: Any
+    full_end: Any
+    end: Any
+
+
+@gluon.jit
+def kv_tiles(window, seqlen_q, seqlen_kv, q_begin, q_end, BLOCK_KV: gl.constexpr):
+    """The kv tiles that the query rows [q_begin, q_end) visit."""
+    offset = seqlen_kv - seqlen_q
+    any_begin, all_begin = 0, 0
+    any_end, all_end = seqlen_kv, seqlen_kv
+    if window.left is not None:
+        any_begin, all_begin = q_begin + offset - window.left, q_end - 1 + offset - window.left
+    if window.right is not None:
+        any_end, all_end = q_end + offset + window.right, q_begin + 1 + offset + window.right
+    return _tile_range(any_begin, all_begin, all_end, any_end, seqlen_kv, BLOCK_KV)
+
+
+@gluon.jit
+def q_tiles(window, seqlen_q, seqlen_kv, kv_begin, kv_end, BLOCK_Q: gl.constexpr):
+    """The query tiles that see something of the keys [kv_begin, kv_end)."""
+    offset = seqlen_kv - seqlen_q
+    any_begin, all_begin = 0, 0
+    any_end, all_end = seqlen_q, seqlen_q
+    if window.right is not None:
+        any_begin, all_begin = kv_begin - offset - window.right, kv_end - 1 - offset - window.right
+    if window.left is not None:
+        any_end, all_end = kv_end - offset + window.left, kv_begin + 1 - offset + window.left
+    return _tile_range(any_begin, all_begin, all_end, any_end, seqlen_q, BLOCK_Q)
+
+
+@gluon.jit
+def _tile_range(any_begin, all_begin, all_end, any_end, length, BLOCK: gl.constexpr):
+    any_begin = gl.minimum(gl.maximum(any_begin, 0), length)
+    all_begin = gl.minimum(gl.maximum(all_begin, 0), length)
+    all_end = gl.minimum(gl.maximum(all_end, 0), length)
+    any_end = gl.minimum(gl.maximum(any_end, 0), length)
+    sees_any = any_begin < any_end
+    begin = gl.where(sees_any, any_begin // BLOCK, 0)
+    end = gl.where(sees_any, (any_end + BLOCK - 1) // BLOCK, 0)
+    full_begin = gl.minimum((all_begin + BLOCK - 1) // BLOCK, end)
+    full_end = gl.minimum(gl.maximum(all_end // BLOCK, full_begin), end)
+    return TileRange(begin, full_begin, full_end, end)
+
+
+@gluon.jit
+def is_full(tiles, tile_idx):
+    """Whether every pair of the tile is visible."""
+    return (tile_idx >= tiles.full_begin) & (tile_idx < tiles.full_end)
+
+
+@gluon.jit
+def is_visible(window, q_pos, kv_pos, seqlen_q, seqlen_kv):
+    """Whether each query sees each key; positions broadcast against each other, and keys beyond the end are hidden."""
+    aligned = q_pos + (seqlen_kv - seqlen_q)
+    if window.right is not None:
+        visible = kv_pos <= gl.minimum(aligned + window.right, seqlen_kv - 1)
+    else:
+        visible = (kv_pos < seqlen_kv) & (q_pos == q_pos)
+    if window.left is not None:
+        visible &= kv_pos >= aligned - window.left
+    return visible

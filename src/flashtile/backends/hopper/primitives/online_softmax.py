@@ -1,0 +1,75 @@
+"""The online softmax of 64 query rows in the registers of one warpgroup, in powers of two.
+
+Each thread adds up its own part of a row; the parts are added across threads once, after the last tile.
+
+Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3; as FlashAttention-2 uses
+it (Dao 2023, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flashtile.backends.hopper import constants
+
+LOG2_E = gl.constexpr(constants.LOG2_E)
+LN_2 = gl.constexpr(1 / constants.LOG2_E)
+INF = gl.constexpr(float("inf"))
+
+
+@gluon.jit
+def guarded(log2_value):
+    """-inf replaced by 0, so that exp2(-inf - guarded(-inf)) is 0 and not NaN."""
+    return gl.where(log2_value == -INF, 0.0, log2_value)
+
+
+@gluon.jit
+def softmax_step(s, max_log2, unit_log2):
+    """Takes one more tile of scores into the running maximum.
+
+    Args:
+        s: [64, BLOCK_KV] float32 scores, which ``unit_log2 > 0`` turns into powers of two.
+        max_log2: [64] the largest exponent so far, rounded; -inf before the first.
+
+    Returns:
+        (p, max_log2, rescale): p = exp2(unit_log2 * s - max_log2) with the new maximum, and the factor that brings sums
+        of the old maximum to the new one.
+    """
+    new_max = gl.maximum(max_log2, gl.max(s, 1) * unit_log2)
+    shift = guarded(new_max)
+    p = gl.exp2(gl.fma(s, gl.to_tensor(unit_log2), -gl.expand_dims(shift, 1)))
+    return p, new_max, gl.exp2(max_log2 - shift)
+
+
+@gluon.jit
+def thread_sums(p, BLOCK_KV: gl.constexpr):
+    """[64, 4]: what each of the four threads that share a row has of its sum."""
+    return gl.sum(gl.sum(p.reshape([64, BLOCK_KV // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def rescaled(sums, rescale):
+    """Sums per row (and thread or column) at the new maximum."""
+    layout: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    return sums * gl.expand_dims(gl.convert_layout(rescale, layout), 1)
+
+
+@gluon.jit
+def finish(max_log2, row_sum, sink_ptr, head_idx):
+    """The factor that turns the accumulator into the output, and the lse, both [64] float32.
+
+    A sink is one more key, with a score and no value. A row without key and sink gets (0, -inf).
+    """
+    rescale = gl.full_like(row_sum, 1.0)
+    if sink_ptr is not None:
+        sink_log2 = gl.load(sink_ptr + head_idx).to(gl.float32) * LOG2_E
+        total_max = gl.maximum(max_log2, sink_log2)
+        shift = guarded(total_max)
+        rescale = gl.exp2(max_log2 - shift)
+        row_sum = row_sum * rescale + gl.exp2(sink_log2 - shift)
+        max_log2 = total_max
+    sees_nothing = row_sum == 0.0
+    row_sum = gl.where(sees_nothing, 1.0, row_sum)
+    lse = gl.where(sees_nothing, -INF, (guarded(max_log2) + gl.log2(row_sum)) * LN_2)
+    return gl.where(sees_nothing, 0.0, rescale / row_sum), lse

@@ -1,0 +1,76 @@
+"""What happens to a tile of raw products before the softmax: scale, softcap, ALiBi, masks. Only this file knows them.
+
+Scores come out as powers of two, after multiplication with ``unit_log2``: without softcap and ALiBi the scale is left
+to the exponential, where the multiplication costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flashtile.backends.hopper.primitives.masking import is_visible
+from flashtile.backends.hopper.primitives.online_softmax import INF, LOG2_E
+
+
+class HeadRules(NamedTuple):
+    """The score rules of one query head of one sequence; ``slope_log2`` is its ALiBi slope in powers of two per token."""
+
+    rules: Any
+    sequence: Any
+    slope_log2: Any
+
+
+@gluon.jit
+def unit_log2(rules):
+    """What turns the scores of ``scored`` into powers of two; positive."""
+    if rules.softcap is None and rules.alibi is None:
+        return rules.scale_log2
+    else:
+        return 1.0
+
+
+@gluon.jit
+def scored(product, head, q_pos, kv_pos, is_masked):
+    """(scores, tanh) of a tile of products; ``tanh`` is that of the softcap, which its gradient needs, or the product.
+
+    Args:
+        product: float32; ``q_pos`` and ``kv_pos`` broadcast to its shape.
+        is_masked: whether the window hides pairs of the tile, or the sequence ends in it.
+    """
+    rules, sequence = head.rules, head.sequence
+    s, capped, to_log2 = product, product, rules.scale_log2
+    if rules.softcap is not None:
+        capped = tanh(product * rules.softcap.scale_by_cap)
+        s, to_log2 = capped, rules.softcap.cap_log2
+    if rules.softcap is not None or rules.alibi is not None:
+        # Fused products are spelled out, for forward and backward to round alike: else all p add up to 1 + e.
+        added = gl.zeros_like(s)
+        if rules.alibi is not None:
+            distance = gl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(gl.float32))
+            added = -distance * head.slope_log2
+        s = gl.fma(s, gl.to_tensor(to_log2), added)
+    if is_masked:
+        s = gl.where(is_visible(rules.window, q_pos, kv_pos, sequence.seqlen_q, sequence.seqlen_kv), s, -INF)
+    return s, capped
+
+
+@gluon.jit
+def slope_log2(rules, batch_idx, head_idx):
+    """The head's ALiBi slope, in powers of two per token; 0 without ALiBi."""
+    if rules.alibi is None:
+        return 0.0
+    else:
+        offset = batch_idx * rules.alibi.batch_stride + head_idx * rules.alibi.head_stride
+        return gl.load(rules.alibi.ptr + offset).to(gl.float32) * LOG2_E
+
+
+@gluon.jit
+def tanh(x):
+    """tanh, to float32's precision at 0 too, where 1 - 2 / (exp(2 x) + 1) would lose it."""
+    square = x * x
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    direct = 1.0 - 2.0 / (gl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    return gl.where(square < 0.0625, x * series, direct)

@@ -39,6 +39,7 @@ from flashtile.backends.hopper.primitives.masking import TileRange, is_full, kv_
 from flashtile.backends.hopper.primitives.online_softmax import INF, finish, rescaled, softmax_step, thread_sums
 from flashtile.backends.hopper.primitives.scheduling import num_shares, share
 from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
+from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
 
 ROWS = gl.constexpr(constants.ROWS)
 
@@ -104,6 +105,7 @@ def attention_forward(
     NUM_CONSUMERS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     ORDERED: gl.constexpr,
+    IN_TURN: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
@@ -124,8 +126,8 @@ def attention_forward(
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
-                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
+                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
                 (load, (call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
             ],
             [4, 1],
@@ -134,9 +136,9 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
-                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
-                (softmax_and_pv, (2, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED)),
+                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (2, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
                 (load, (call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
             ],
             [4, 4, 1],
@@ -180,6 +182,7 @@ def softmax_and_pv(
     HEAD_DIM_V: gl.constexpr,
     NUM_CONSUMERS: gl.constexpr,
     ORDERED: gl.constexpr,
+    IN_TURN: gl.constexpr,
 ):
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
     BLOCK_KV: gl.constexpr = k.tiles.shape[1]
@@ -191,6 +194,10 @@ def softmax_and_pv(
     q_idx = gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
     kv_idx = gl.expand_dims(gl.arange(0, BLOCK_KV, cols_of(S)), 0)
     no_s = gl.zeros([ROWS, BLOCK_KV], gl.float32, S)
+    next_part: gl.constexpr = (part + 1) % NUM_CONSUMERS if IN_TURN else None
+    if IN_TURN:
+        if next_part == 0:
+            pass_turn(0)
     step, turn = 0, 0
     for share_idx in range(gl.program_id(0), num_shares(call.schedule), gl.num_programs(0)):
         work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
@@ -218,7 +225,7 @@ def softmax_and_pv(
 
             for tile_idx in range(last - 1, tiles.begin - 1, -1):
                 is_masked = not is_full(tiles, tile_idx)
-                sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED)
+                sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED, next_part)
 
             step += last - tiles.begin  # the step of the last product P @ V
             mbarrier.arrive(q.empty.index(part), count=1)
@@ -250,14 +257,18 @@ def softmax_and_pv(
 
 
 @gluon.jit
-def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: gl.constexpr):
+def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: gl.constexpr, next_part: gl.constexpr):
     """Takes one more tile of keys into the sums; its product S runs beside P @ V of the tile before."""
     BLOCK_KV: gl.constexpr = block.k.tiles.shape[1]
     dtype: gl.constexpr = block.q.dtype
     no_s = gl.zeros([ROWS, BLOCK_KV], gl.float32, product_layout(BLOCK_KV))
     k_t = receive(block.k, step).permute((1, 0))
+    if next_part is not None:
+        take_turn(part)
     s_token = warpgroup_mma(block.q, k_t, no_s, use_acc=False, is_async=True)
     acc_token = warpgroup_mma(sums.p_operand, receive(block.v, step - 1), sums.acc, is_async=True)
+    if next_part is not None:
+        pass_turn(next_part)
     s = warpgroup_mma_wait(1, deps=[s_token])
     release(block.k, step)
     s, _capped = scores.scored(s, block.head, block.q_pos, tile_idx * BLOCK_KV + block.kv_idx, is_masked)

@@ -65,6 +65,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
             NUM_CONSUMERS=tiles.num_consumers,
             NUM_STAGES=tiles.num_stages,
             ORDERED=tiles.is_ordered,
+            IN_TURN=tiles.is_in_turn,
             CONSUMER_REGISTERS=consumer_registers,
             LOADER_REGISTERS=loader_registers,
             num_warps=4,

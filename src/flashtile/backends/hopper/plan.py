@@ -29,6 +29,8 @@ class ForwardTiles(TileConfig):
     """Slots for tiles of K, and of V."""
     is_ordered: bool
     """Whether the exponentials are kept in front of the wait for P @ V; see ``forward.after``."""
+    is_in_turn: bool = False
+    """Whether the consumers take turns on the tensor cores."""
 
     @property
     def num_consumers(self) -> int:

@@ -1,0 +1,214 @@
+"""Backward on Hopper: five products per tile, d_k and d_v in registers, d_q added up in memory (FlashAttention-3).
+
+One program per tile of keys of one kv head streams Q and d_out past it, for every query head that shares the kv head.
+Scores are transposed, keys as rows, so that P and dS feed the products for d_v and d_k from registers.
+
+| partition | does |
+|---|---|
+| ``load`` | one warp: the tiles of K and V, then Q, d_out and the statistics of each tile of queries |
+| ``gradients`` | two times four warps: 64 keys each; S, dP, d_v and d_k of its keys, and its half of the tile's d_q |
+| ``add_d_q`` | one warp: adds finished tiles of d_q to memory, in float32 |
+
+| name | what |
+|---|---|
+| s_t, p_t, d_p_t, d_s_t | scores, probabilities and their gradients [64, BLOCK_Q], float32 |
+| lse_log2, delta | two numbers per query row from ``statistics``, float32 |
+| d_q, d_k, d_v | sums in float32: d_k [64, BLOCK_D] and d_v [64, BLOCK_DV] in registers, d_q in memory |
+
+Source: Shah et al. 2024, "FlashAttention-3"; Dao 2023, "FlashAttention-2", algorithm 2.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.backends.hopper.backward_parts import (
+    NUM_CONSUMERS,
+    ROWS,
+    Call,
+    Channels,
+    find_work,
+    load,
+    tile_and_head,
+)
+from flashtile.backends.hopper.primitives import scores
+from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release
+from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
+from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
+from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
+
+BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
+
+
+@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+def attention_backward_direct(
+    q_desc,
+    k_desc,
+    v_desc,
+    d_out_desc,
+    lse_log2_desc,
+    delta_desc,
+    d_q_matrix,
+    d_k_matrix,
+    d_v_matrix,
+    scale,
+    rules,
+    sequences,
+    heads,
+    seqlen_q,
+    seqlen_kv,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    BLOCK_D: gl.constexpr = q_desc.block_shape[3]
+    BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
+    dtype: gl.constexpr = q_desc.dtype
+    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
+    d_s_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], dtype)
+    channels = Channels(
+        gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_D], kv_layout),
+        gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], v_layout),
+        make_barriers(1, 1),
+        make_channel(dtype, NUM_STAGES, BLOCK_Q, BLOCK_D, NUM_CONSUMERS),
+        make_channel(dtype, NUM_STAGES, BLOCK_Q, BLOCK_DV, NUM_CONSUMERS),
+        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, BLOCK_Q], lse_log2_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, BLOCK_Q], delta_desc.layout),
+        None,
+    )
+    d_s = gl.allocate_shared_memory(dtype, [2 * NUM_CONSUMERS, ROWS, BLOCK_Q], d_s_layout)
+    fence_async_shared()
+
+    call = Call(rules, sequences, heads, seqlen_q, seqlen_kv)
+    targets = (d_q_matrix, d_k_matrix, d_v_matrix, scale)
+    loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
+    gl.warp_specialize(
+        [
+            (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V)),
+            (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V)),
+            (load, (call, channels, loads)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS],
+    )
+
+
+@gluon.jit
+def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
+    BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
+    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
+    BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
+    NUM_STAGES: gl.constexpr = channels.q.tiles.shape[0]
+    Q_COLS: gl.constexpr = BLOCK_D // 2 if BLOCK_Q == ROWS else BLOCK_D
+    d_q_matrix, d_k_matrix, d_v_matrix, scale = targets
+    dtype: gl.constexpr = channels.q.tiles.dtype
+    S: gl.constexpr = product_layout(BLOCK_Q)
+    DK: gl.constexpr = product_layout(BLOCK_D)
+    DV: gl.constexpr = product_layout(BLOCK_DV)
+    DQ: gl.constexpr = product_layout(Q_COLS)
+
+    work = find_work(call, BLOCK_Q, BLOCK_KV)
+    sequence = work.sequence
+    own_begin = work.kv_begin + part * ROWS
+    kv_pos = own_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
+    q_idx = gl.expand_dims(gl.arange(0, BLOCK_Q, cols_of(S)), 0)
+    own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
+    tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, BLOCK_Q)
+    has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
+    unit_log2 = scores.unit_log2(call.rules)
+    d_k = gl.zeros([ROWS, BLOCK_D], gl.float32, DK)
+    d_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, DV)
+    no_s = gl.zeros([ROWS, BLOCK_Q], gl.float32, S)
+    no_d_q = gl.zeros([ROWS, Q_COLS], gl.float32, DQ)
+    k, v = channels.k.index(part), channels.v.index(part)
+    z = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    is_packed: gl.constexpr = call.sequences.cu_seqlens_kv is not None
+    if work.num_steps > 0:
+        mbarrier.wait(channels.kv_ready.index(0), 0)
+        if is_packed:  # what lies behind a packed sequence may be NaN
+            zero_rows_from(k, sequence.seqlen_kv - own_begin)
+            zero_rows_from(v, sequence.seqlen_kv - own_begin)
+
+    for step in range(work.num_steps):
+        tile_idx, head_idx = tile_and_head(work, call, step)
+        slot = step % NUM_STAGES
+        q_begin = tile_idx * BLOCK_Q
+        slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
+        head = scores.HeadRules(call.rules, sequence, slope_log2)
+        q = receive(channels.q, step)
+        if is_packed:
+            zero_rows_from(q, sequence.seqlen_q - q_begin)
+        s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        d_out = receive(channels.d_out, step)
+        if is_packed:
+            zero_rows_from(d_out, sequence.seqlen_q - q_begin)
+        d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        lse_log2 = channels.lse_log2.index(slot).reshape([BLOCK_Q]).load(cols_of(S))
+        s_t = warpgroup_mma_wait(1, deps=[s_token])
+        is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
+        s_t, capped_t = scores.scored(s_t, head, q_begin + q_idx, kv_pos, is_masked)
+        p_t = gl.exp2(gl.fma(s_t, gl.to_tensor(unit_log2), -gl.expand_dims(lse_log2, 0)))
+        p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
+        delta = channels.delta.index(slot).reshape([BLOCK_Q]).load(cols_of(S))
+        d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
+        d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
+        d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
+        if call.rules.softcap is not None:
+            d_s_t *= 1.0 - capped_t * capped_t
+        d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
+        pair = (step & 1) * NUM_CONSUMERS
+        d_s.index(pair + part).store(d_s_t)
+        d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
+        fence_async_shared()
+        z = gl.inline_asm_elementwise(
+            "bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [z], dtype=gl.int32, is_pure=False, pack=1
+        )  # both consumers have stored their half of dS
+        d_q_token = d_q_product(d_s, channels.k, pair, part, no_d_q)
+        d_v = warpgroup_mma_wait(NUM_CONSUMERS, deps=[d_v_token])
+        release(channels.d_out, step)
+        d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
+        d_q = warpgroup_mma_wait(1, deps=[d_q_token])
+        rows = gl.arange(0, ROWS, rows_of(DQ))
+        cols = gl.arange(0, Q_COLS, cols_of(DQ))
+        first_row = q_begin if BLOCK_Q == ROWS else q_begin + part * ROWS
+        first_col = part * Q_COLS if BLOCK_Q == ROWS else 0
+        offset = gl.to_tensor(sequence.buffer_idx).to(gl.int64) * d_q_matrix.batch_stride
+        offset += gl.to_tensor(head_idx).to(gl.int64) * d_q_matrix.head_stride
+        offset += (sequence.q_begin + first_row).to(gl.int64) * d_q_matrix.row_stride + first_col
+        row_ptr = d_q_matrix.ptr + offset + rows * d_q_matrix.row_stride
+        exists = gl.expand_dims(rows < sequence.seqlen_q - first_row, 1) & gl.expand_dims(cols < 1024, 0)
+        gl.atomic_add(gl.expand_dims(row_ptr, 1) + gl.expand_dims(cols, 0), d_q, mask=exists, sem="relaxed")
+        d_k = warpgroup_mma_wait(0, deps=[d_k_token])
+        release(channels.q, step)
+
+    num_rows = sequence.seqlen_kv - own_begin
+    row = sequence.kv_begin + own_begin
+    store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
+    store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
+
+
+@gluon.jit
+def d_q_product(d_s, k, pair, part: gl.constexpr, no_d_q):
+    """dS @ K over both consumers' keys: one consumer has half of the columns if the tile has 64 queries, else of rows."""
+    BLOCK_Q: gl.constexpr = d_s.shape[2]
+    Q_COLS: gl.constexpr = no_d_q.shape[1]
+    token = no_d_q
+    for half in gl.static_range(NUM_CONSUMERS):
+        d_s_half, k_half = d_s.index(pair + half), k.index(half)
+        if BLOCK_Q == ROWS:
+            k_half = k_half.slice(part * Q_COLS, Q_COLS, dim=1)
+        else:
+            d_s_half = d_s_half.slice(part * ROWS, ROWS, dim=1)
+        token = warpgroup_mma(d_s_half.permute((1, 0)), k_half, token, use_acc=half > 0, is_async=True)
+    return token

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 
 import flashtile
-from flashtile.backends.base import Plan
+from flashtile.backends.base import Plan, TileConfig
 from flashtile.backends.cpu.plan import TILES as CPU_TILES
 from flashtile.backends.triton.tiles import GpuTiles
 from flashtile.explain import Explanation
@@ -17,7 +17,7 @@ from flashtile.report import walk
 from flashtile.report.walk import TILES, Walk
 from flashtile.spec import accounting, dropout, masks
 from flashtile.spec.accounting import Comparison
-from flashtile.spec.problem import AttentionProblem, MaskSpec
+from flashtile.spec.problem import MaskSpec
 
 HEADS, TOKENS, HEAD_DIM, DEVICE = 16, 4096, 128, "h200"
 """The problem that most of the text is about; bfloat16, no mask."""
@@ -33,35 +33,21 @@ QUERY = 6
 def facts() -> dict[str, Any]:
     """What ``explanation.md`` names."""
     explained = _explain(TOKENS)
-    (forward, backward), problem, plan = explained.costs, explained.problem, explained.plan
-    assert plan is not None, "the Triton backend takes the problem on every machine"
-    device, scores = explained.device, accounting.score_matrix_bytes(explained.problem)
-    score_traffic = 4 * scores  # written, read by the softmax, written as probabilities, read again
+    forward, backward = explained.costs
     return {
-        "problem": problem,
-        "device": device,
+        "problem": explained.problem,
+        "device": explained.device,
         "forward": forward,
         "backward": backward,
-        "score_bytes": scores,
-        "score_numbers": TOKENS * TOKENS,
-        "operand_numbers": TOKENS * HEAD_DIM,
-        "score_traffic": score_traffic,
-        "score_share": score_traffic / forward.naive.traffic_bytes,
-        "naive_steps": [
-            {"what": term.what, "num_bytes": term.num_bytes, "seconds": term.num_bytes / device.bytes_per_s}
-            for term in forward.naive.traffic
-        ],
-        "balance": device.flops_per_s(problem.dtype) / device.bytes_per_s,
-        "naive_intensity": forward.naive.flops / forward.naive.traffic_bytes,
-        "tiled_intensity": forward.tiled.flops / forward.tiled.traffic_bytes,
+        **_traffic(explained, forward),
         "example": _example(),
         "walk": {"seqlen": walk.SEQLEN, "block_q": TILES.block_q, "block_kv": TILES.block_kv},
-        **_tiling(problem, plan),
+        **_tiling(explained),
         "lengths": [_length(_explain(tokens)) for tokens in LENGTHS],
         "call_s": CALL_S,
         "layer_width": LAYER_WIDTH,
         "amdahl": _amdahl(),
-        **_recomputation(problem, backward, scores, device.bytes_per_s, device.flops_per_s(problem.dtype)),
+        **_recomputation(explained, backward),
         **_masks(),
         "packed": _packed(),
         "dropout": _dropout(),
@@ -76,10 +62,35 @@ def _explain(tokens: int, **options: Any) -> Explanation:
     )
 
 
+def _plan(explained: Explanation) -> Plan:
+    assert explained.plan is not None, "the Triton backend takes these problems on every machine"
+    return explained.plan
+
+
 # --- time and memory --------------------------------------------------------------------------------------------------
 
 
-def _tiling(problem: AttentionProblem, plan: Plan) -> dict[str, Any]:
+def _traffic(explained: Explanation, forward: Comparison) -> dict[str, Any]:
+    device, scores = explained.device, accounting.score_matrix_bytes(explained.problem)
+    score_traffic = 4 * scores  # written, read by the softmax, written as probabilities, read again
+    return {
+        "score_bytes": scores,
+        "score_numbers": TOKENS * TOKENS,
+        "operand_numbers": TOKENS * HEAD_DIM,
+        "score_traffic": score_traffic,
+        "score_share": score_traffic / forward.naive.traffic_bytes,
+        "naive_steps": [
+            {"what": term.what, "num_bytes": term.num_bytes, "seconds": term.num_bytes / device.bytes_per_s}
+            for term in forward.naive.traffic
+        ],
+        "balance": device.flops_per_s(explained.problem.dtype) / device.bytes_per_s,
+        "naive_intensity": forward.naive.flops / forward.naive.traffic_bytes,
+        "tiled_intensity": forward.tiled.flops / forward.tiled.traffic_bytes,
+    }
+
+
+def _tiling(explained: Explanation) -> dict[str, Any]:
+    problem, plan = explained.problem, _plan(explained)
     tiles, itemsize, sum_itemsize = plan.forward.tiles, problem.dtype.itemsize, problem.accumulation_dtype.itemsize
     assert isinstance(tiles, GpuTiles)
     streamed = (tiles.num_stages, tiles.block_kv, HEAD_DIM)
@@ -138,13 +149,12 @@ def _amdahl() -> dict[str, Any]:
     }
 
 
-def _recomputation(
-    problem: AttentionProblem, backward: Comparison, scores: int, bytes_per_s: float, flops_per_s: float
-) -> dict[str, Any]:
+def _recomputation(explained: Explanation, backward: Comparison) -> dict[str, Any]:
+    problem, device = explained.problem, explained.device
     flops_of_product = 2 * accounting.all_pairs(problem) * HEADS * HEAD_DIM
     return {
-        "recompute_s": flops_of_product / flops_per_s,
-        "reread_s": scores / bytes_per_s,
+        "recompute_s": flops_of_product / device.flops_per_s(problem.dtype),
+        "reread_s": accounting.score_matrix_bytes(problem) / device.bytes_per_s,
         "products": {
             "textbook": round(backward.naive.flops / flops_of_product),
             "tiled": round(backward.tiled.flops / flops_of_product),
@@ -155,53 +165,38 @@ def _recomputation(
 # --- masks, padding, dropout ------------------------------------------------------------------------------------------
 
 _CAUSAL, _WINDOW = MaskSpec(right=0), MaskSpec(left=255, right=0)
-_MAP_TOKENS, _MAP_BLOCK = 1024, 128
+_MAP_TOKENS, _MAP_TILES = 1024, TileConfig(block_q=128, block_kv=128)
+_SIGNS = {"full": "■", "partial": "◩", "empty": "·"}
 
 
 def _masks() -> dict[str, Any]:
-    plan = _explain(TOKENS, causal=True).plan
-    assert plan is not None
-    tiles = plan.forward.tiles
+    tiles = _plan(_explain(TOKENS, causal=True)).forward.tiles
     rows = []
     for what, mask in (("none", MaskSpec()), ("causal", _CAUSAL), ("causal, the last 256 keys", _WINDOW)):
         found = masks.count_tiles(
             mask, seqlen_q=TOKENS, seqlen_kv=TOKENS, block_q=tiles.block_q, block_kv=tiles.block_kv
         )
         rows.append({"what": what, "tiles": found, "share": found.visited / (found.visited + found.empty)})
-    drawn = [("causal", _tile_map(_CAUSAL)), ("and the last 256 keys", _tile_map(_WINDOW))]
-    gap = " " * 4
-    width = max(len(line) for title, lines in drawn for line in (title, *lines))
-    lines = [
-        gap.join(line.ljust(width) for line in level).rstrip()
-        for level in zip(*([t, *m] for t, m in drawn), strict=True)
-    ]
     return {
         "masks": rows,
         "mask_tiles": tiles,
-        "tile_maps": "\n".join(lines),
+        "tile_maps": _side_by_side(
+            ["causal", *_tile_map(_CAUSAL)], ["and the last 256 keys", *_tile_map(_WINDOW)], gap=" " * 4
+        ),
         "map_tokens": _MAP_TOKENS,
-        "map_block": _MAP_BLOCK,
+        "map_tiles": _MAP_TILES,
     }
 
 
 def _tile_map(mask: MaskSpec) -> list[str]:
     """One line for each tile of queries."""
-    lines = []
-    for q_begin in range(0, _MAP_TOKENS, _MAP_BLOCK):
-        tiles = masks.kv_tiles(
-            mask,
-            seqlen_q=_MAP_TOKENS,
-            seqlen_kv=_MAP_TOKENS,
-            q_begin=q_begin,
-            q_end=q_begin + _MAP_BLOCK,
-            block_kv=_MAP_BLOCK,
-        )
-        signs = (
-            "■" if tiles.is_full(tile_idx) else "◩" if tiles.begin <= tile_idx < tiles.end else "·"
-            for tile_idx in range(_MAP_TOKENS // _MAP_BLOCK)
-        )
-        lines.append(" ".join(signs))
-    return lines
+    kinds = walk.tile_kinds(mask, seqlen=_MAP_TOKENS, tiles=_MAP_TILES)
+    return [" ".join(_SIGNS[kind] for kind in row) for row in kinds]
+
+
+def _side_by_side(left: list[str], right: list[str], *, gap: str) -> str:
+    width = max(map(len, left))
+    return "\n".join(f"{a:<{width}}{gap}{b}" for a, b in zip(left, right, strict=True))
 
 
 def _packed() -> dict[str, Any]:

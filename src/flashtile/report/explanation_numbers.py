@@ -8,16 +8,19 @@ from typing import Any, TypedDict
 import torch
 
 import flashtile
-from flashtile.backends.base import Plan, TileConfig
+from flashtile.backends.base import Plan, Saved, TileConfig
+from flashtile.backends.cpu import tiled
 from flashtile.backends.cpu.plan import TILES as CPU_TILES
 from flashtile.backends.triton.tiles import GpuTiles
 from flashtile.explain import Explanation
 from flashtile.explain.remarks import CALL_S
 from flashtile.report import walk
 from flashtile.report.walk import TILES, Walk
-from flashtile.spec import accounting, dropout, masks
+from flashtile.spec import accounting, dropout, masks, sizes
 from flashtile.spec.accounting import Comparison
+from flashtile.spec.operands import Operands
 from flashtile.spec.problem import MaskSpec
+from flashtile.testing import Call, make_tensor, reference
 
 HEADS, TOKENS, HEAD_DIM, DEVICE = 16, 4096, 128, "h200"
 """The problem that most of the text is about; bfloat16, no mask."""
@@ -48,6 +51,7 @@ def facts() -> dict[str, Any]:
         "layer_width": LAYER_WIDTH,
         "amdahl": _amdahl(),
         **_recomputation(explained, backward),
+        "gradient_tolerance": _checked_gradients(),
         **_masks(),
         "packed": _packed(),
         "dropout": _dropout(),
@@ -162,6 +166,21 @@ def _recomputation(explained: Explanation, backward: Comparison) -> dict[str, An
     }
 
 
+def _checked_gradients() -> str:
+    """What the gradients of the walk's problem stay below in their distance from the oracle's."""
+    q, k, v = walk.operands()
+    operands, d_out = Operands(q=q, k=k, v=v), make_tensor(q.shape, seed=7)
+    problem = sizes.pose(seqlen_q=walk.SEQLEN, heads_q=1, head_dim=walk.HEAD_DIM, dtype=q.dtype)
+    out, lse = tiled.forward(problem, operands, TILES, q.dtype)
+    found = tiled.backward(problem, operands, Saved(out=out, lse=lse), d_out, None, TILES, q.dtype)
+    exact = reference(Call(q=q, k=k, v=v), d_out=d_out).gradients
+    bound = 10 * walk.ROUNDING
+    for name, gradient in (("q", found.q), ("k", found.k), ("v", found.v)):
+        assert gradient is not None
+        torch.testing.assert_close(gradient.double(), exact[name], atol=bound, rtol=0)
+    return _power_of_ten(bound)
+
+
 # --- masks, padding, dropout ------------------------------------------------------------------------------------------
 
 _CAUSAL, _WINDOW = MaskSpec(right=0), MaskSpec(left=255, right=0)
@@ -240,7 +259,8 @@ def _dropout() -> dict[str, Any]:
 # --- one row of the walk ----------------------------------------------------------------------------------------------
 
 
-_BOUND = f"{walk.ROUNDING:.0e}".replace("e-0", "e-")
+def _power_of_ten(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-")
 
 
 class _Row(TypedDict):
@@ -272,7 +292,7 @@ def _example() -> dict[str, Any]:
         "head_dim": walk.HEAD_DIM,
         "rows": rows,
         "exact": exact.tolist(),
-        "tolerance": _BOUND,
+        "tolerance": _power_of_ten(walk.ROUNDING),
         "whole_max": s.max().item(),
         "whole_sum": p.sum().item(),
         "whole_acc": (p @ v)[0].item(),
@@ -297,7 +317,7 @@ def _example_rows(found: Walk) -> list[_Row]:
                 acc=(after.out[row, 0] * after.row_sum[row]).item(),
                 out=after.out[row, 0].item(),
                 whole_row=after.out[row].tolist(),
-                error=f"below {_BOUND}" if error < walk.ROUNDING else f"{error:.3f}",
+                error=f"below {_power_of_ten(walk.ROUNDING)}" if error < walk.ROUNDING else f"{error:.3f}",
             )
         )
     return rows

@@ -1,0 +1,163 @@
+"""The key/value caches that a caller hands over, dense or paged: checked, appended to, and read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.errors import invalid
+from flashtile.integrations.flash_attn.translation import check_tensor, may_read
+from flashtile.nn import kv_cache
+from flashtile.spec.options import check_count
+
+DENSE_AXES = "[batch, seqlen_cache, heads_k, head_dim]"
+PAGED_AXES = "[num_blocks, page_block_size, heads_k, head_dim]"
+_INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """The caches, and where in them each sequence's keys lie; named in errors as ``flash_attn_with_kvcache`` does."""
+
+    k: Tensor  # DENSE_AXES, or PAGED_AXES if there is a block_table
+    v: Tensor
+    seqlens: Tensor  # [batch], before anything is appended
+    leftpad: Tensor | None = None  # [batch]
+    batch_idx: Tensor | None = None  # [batch]
+    block_table: Tensor | None = None  # [batch, blocks per sequence]
+
+    @classmethod
+    def checked(
+        cls,
+        k: Any,
+        v: Any,
+        *,
+        batch: int,
+        num_new: int,
+        seqlens: Any,
+        leftpad: Any = None,
+        batch_idx: Any = None,
+        block_table: Any = None,
+    ) -> Cache:
+        """The caches that the caller passed for ``batch`` sequences, to each of which ``num_new`` keys will be added."""
+        axes = DENSE_AXES if block_table is None else PAGED_AXES
+        check_pair("k_cache", k, "v_cache", v, axes)
+        if block_table is not None:
+            _check_per_sequence("block_table", block_table, k, batch, "[batch, blocks per sequence]")
+        for name, value in (("cache_batch_idx", batch_idx), ("cache_leftpad", leftpad)):
+            if value is not None:
+                _check_per_sequence(name, value, k, batch, "[batch]")
+        if block_table is not None and batch_idx is not None:
+            raise invalid(
+                "cache_batch_idx",
+                got="a tensor beside a block_table",
+                wanted="one of the two",
+                remedy="pass block_table[cache_batch_idx] as the block_table",
+            )
+        if block_table is None and batch_idx is None and k.shape[0] < batch:
+            raise invalid(
+                "k_cache",
+                got=f"{k.shape[0]} rows for {batch} sequences",
+                wanted="a row for each sequence",
+                remedy="allocate a larger cache; cache_batch_idx says which row belongs to which sequence",
+            )
+        capacity = k.shape[1] * (1 if block_table is None else block_table.shape[1])
+        if seqlens is None or not isinstance(seqlens, Tensor):
+            seqlens = torch.full((batch,), _length(seqlens, capacity, num_new), device=k.device)
+        _check_per_sequence("cache_seqlens", seqlens, k, batch, "[batch]")
+        cache = cls(k=k, v=v, seqlens=seqlens, leftpad=leftpad, batch_idx=batch_idx, block_table=block_table)
+        if batch > 0 and may_read(seqlens):
+            cache._check_values(num_new)
+        return cache
+
+    @property
+    def capacity(self) -> int:
+        """How many keys a sequence can have."""
+        return self.k.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Writes k and v [batch, num_new, heads_k, head_dim] behind each sequence's last key, in place."""
+        for cache, new in ((self.k, k), (self.v, v)):
+            if self.block_table is None:
+                kv_cache.append(cache, new, lengths=self.seqlens, rows=self.batch_idx)
+            else:
+                kv_cache.append_to_pages(cache, new, lengths=self.seqlens, page_table=self.block_table)
+
+    def by_sequence(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v [batch, capacity, heads_k, head_dim], row b for sequence b, of which ``lengths`` are in use."""
+        if self.block_table is not None:
+            pages = {"lengths": lengths, "page_table": self.block_table}
+            return kv_cache.gather_pages(self.k, **pages), kv_cache.gather_pages(self.v, **pages)
+        if self.batch_idx is not None:
+            return self.k.index_select(0, self.batch_idx), self.v.index_select(0, self.batch_idx)
+        return self.k[: len(lengths)], self.v[: len(lengths)]
+
+    def _check_values(self, num_new: int) -> None:
+        """Reads lengths, indices and the table and checks them."""
+        first = torch.zeros_like(self.seqlens) if self.leftpad is None else self.leftpad
+        if bool((first < 0).any()):
+            raise invalid("cache_leftpad", got=str(first.tolist()), wanted="no negative entry", remedy="count from 0")
+        if bool((first > self.seqlens).any()) or int(self.seqlens.max()) + num_new > self.capacity:
+            beside = "" if self.leftpad is None else f" beside cache_leftpad {first.tolist()}"
+            raise _no_room(f"{self.seqlens.tolist()}{beside}", self.capacity, num_new)
+        if self.batch_idx is not None and not 0 <= int(self.batch_idx.min()) <= int(self.batch_idx.max()) < len(self.k):
+            raise invalid(
+                "cache_batch_idx",
+                got=str(self.batch_idx.tolist()),
+                wanted=f"rows of the cache, 0 to {len(self.k) - 1}",
+                remedy="pass the index of each sequence's row",
+            )
+        if self.block_table is not None:
+            first_key = torch.arange(self.block_table.shape[1]) * self.k.shape[1]
+            used = self.block_table.cpu()[first_key < (self.seqlens + num_new).cpu()[:, None]]
+            if bool(((used < 0) | (used >= len(self.k))).any()):
+                raise invalid(
+                    "block_table",
+                    got=f"entries from {int(used.min())} to {int(used.max())} within the sequences",
+                    wanted=f"blocks of the cache, 0 to {len(self.k) - 1}",
+                    remedy="allocate a block before its first key is appended",
+                )
+
+
+def check_pair(name_k: str, k: Any, name_v: str, v: Any, axes: str) -> None:
+    """Raises unless k and v are tensors of ``axes`` that hold one value for each key."""
+    check_tensor(name_k, k, axes)
+    check_tensor(name_v, v, axes)
+    if v.shape[:-1] != k.shape[:-1] or v.dtype != k.dtype or v.device != k.device:
+        raise invalid(
+            name_v,
+            got=f"a {v.dtype} tensor of shape {list(v.shape)} on {v.device}",
+            wanted=f"what {name_k} is, {k.dtype}, {list(k.shape)} on {k.device}; only head_dim may differ",
+            remedy=f"make {name_v} beside {name_k}, one value for each key",
+        )
+
+
+def _length(cache_seqlens: Any, capacity: int, num_new: int) -> int:
+    """The length that an int, or None, gives to all sequences."""
+    length = capacity if cache_seqlens is None else check_count("cache_seqlens", cache_seqlens, minimum=0)
+    if length + num_new > capacity:
+        raise _no_room(str(cache_seqlens), capacity, num_new)
+    return length
+
+
+def _no_room(got: str, capacity: int, num_new: int) -> Exception:
+    return invalid(
+        "cache_seqlens",
+        got=f"{got}, for {num_new} new keys in a cache of {capacity}",
+        wanted="the number of keys before this call, at least cache_leftpad, with room for the new ones",
+        remedy="pass cache_seqlens whenever you pass k, and allocate a longer cache where it is full",
+    )
+
+
+def _check_per_sequence(name: str, value: Any, cache: Tensor, batch: int, axes: str) -> None:
+    check_tensor(name, value, axes, dtypes=_INTEGERS)
+    if value.shape[0] != batch or value.device != cache.device:
+        raise invalid(
+            name,
+            got=f"{value.shape[0]} entries on {value.device}",
+            wanted=f"{batch}, one for each sequence of q, on {cache.device}",
+            remedy=f"make {name} for this batch, on the device of the cache",
+        )

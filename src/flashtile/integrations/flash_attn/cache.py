@@ -42,7 +42,7 @@ class Cache:
         batch_idx: Any = None,
         block_table: Any = None,
     ) -> Cache:
-        """The caches that the caller passed for ``batch`` sequences, to each of which ``num_new`` keys will be added."""
+        """The caches as the caller passed them, for ``batch`` sequences of which each will get ``num_new`` keys."""
         axes = DENSE_AXES if block_table is None else PAGED_AXES
         check_pair("k_cache", k, "v_cache", v, axes)
         if block_table is not None:

@@ -44,13 +44,11 @@ def in_callers_words(words: Mapping[str, str] | None = None) -> Callable[[Callab
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling():  # the tracer reports an error with arguments, but not one that we rewrite
-                return function(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
             except InvalidArgument as error:
-                texts = (renamed(text) for text in (error.argument, error.got, error.wanted, error.remedy))
-                raise InvalidArgument(*texts) from None
+                argument, got, wanted, remedy = map(renamed, (error.argument, error.got, error.wanted, error.remedy))
+                raise invalid(argument, got=got, wanted=wanted, remedy=remedy) from None
 
         return call
 

@@ -44,9 +44,7 @@ SIGNATURES = {
         "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None"
     ),
     "layers.rotary.RotaryEmbedding": "dim, base=10000.0, interleaved=False, scale_base=None, device=None",
-    "layers.rotary.RotaryEmbedding.forward": (
-        "self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None"
-    ),
+    "layers.rotary.RotaryEmbedding.forward": ("self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None"),
     "modules.mha.FlashSelfAttention": (
         "causal=False, softmax_scale=None, attention_dropout=0.0, window_size=(-1, -1), alibi_slopes=None, "
         "deterministic=False"
@@ -138,7 +136,9 @@ def test_install_refuses_beside_the_real_one(loaded: str) -> None:
     real = ModuleType(loaded)
     real.__file__ = "/somewhere/flash_attn/__init__.py"
     sys.modules[loaded] = real
-    with pytest.raises(NameTaken, match=r"is loaded already, from /somewhere.*Remedy: call install\(\) before") as caught:
+    with pytest.raises(
+        NameTaken, match=r"is loaded already, from /somewhere.*Remedy: call install\(\) before"
+    ) as caught:
         flash_attn.install()
     assert isinstance(caught.value, FlashtileError) and isinstance(caught.value, ImportError)
     assert [name for name in sys.modules if name.split(".")[0] == "flash_attn"] == [loaded]

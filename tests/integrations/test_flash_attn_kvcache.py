@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache against a reference that moves one key at a time: dense and paged caches, every mix of options.
+"""flash_attn_with_kvcache against a reference that moves one key at a time, on dense and paged caches.
 
 Caches hold NaN wherever no sequence has a key, so that reading too far shows.
 """

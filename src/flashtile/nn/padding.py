@@ -101,8 +101,8 @@ def packed_positions(cu_seqlens: Tensor, *, num_tokens: int) -> tuple[Tensor, Te
         num_tokens: rows of the buffer.
 
     Returns:
-        sequence_idx: [num_tokens] int64. Rows after the last boundary count to the last sequence.
-        positions: [num_tokens] int64.
+        sequence_idx: [num_tokens] int64; for rows that belong to no sequence, the last one's.
+        positions: [num_tokens] int64; for rows that belong to no sequence, 0.
 
     Example:
         >>> import torch
@@ -113,4 +113,4 @@ def packed_positions(cu_seqlens: Tensor, *, num_tokens: int) -> tuple[Tensor, Te
     """
     rows = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     sequence_idx = (torch.searchsorted(cu_seqlens, rows, right=True) - 1).clamp(max=cu_seqlens.shape[0] - 2)
-    return sequence_idx, (rows - cu_seqlens[sequence_idx]).long()
+    return sequence_idx, torch.where(rows < cu_seqlens[-1], rows - cu_seqlens[sequence_idx], 0).long()

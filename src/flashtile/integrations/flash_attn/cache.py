@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.errors import invalid
-from flashtile.integrations.flash_attn.translation import check_tensor, may_read
+from flashtile.errors import InvalidArgument, invalid
+from flashtile.integrations.flash_attn.translation import (
+    check_per_sequence,
+    check_position,
+    check_tensor,
+    may_read,
+)
 from flashtile.nn import kv_cache
-from flashtile.spec.options import check_count
 
 DENSE_AXES = "[batch, seqlen_cache, heads_k, head_dim]"
 PAGED_AXES = "[num_blocks, page_block_size, heads_k, head_dim]"
-_INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +48,12 @@ class Cache:
         """The caches as the caller passed them, for ``batch`` sequences of which each will get ``num_new`` keys."""
         axes = DENSE_AXES if block_table is None else PAGED_AXES
         check_pair("k_cache", k, "v_cache", v, axes)
+        per_sequence: dict[str, Any] = {"batch": batch, "device": k.device}
         if block_table is not None:
-            _check_per_sequence("block_table", block_table, k, batch, "[batch, blocks per sequence]")
+            check_per_sequence("block_table", block_table, **per_sequence, axes="[batch, blocks per sequence]")
         for name, value in (("cache_batch_idx", batch_idx), ("cache_leftpad", leftpad)):
             if value is not None:
-                _check_per_sequence(name, value, k, batch, "[batch]")
+                check_per_sequence(name, value, **per_sequence)
         if block_table is not None and batch_idx is not None:
             raise invalid(
                 "cache_batch_idx",
@@ -65,11 +69,13 @@ class Cache:
                 remedy="allocate a larger cache; cache_batch_idx says which row belongs to which sequence",
             )
         capacity = k.shape[1] * (1 if block_table is None else block_table.shape[1])
-        if seqlens is None or not isinstance(seqlens, Tensor):
-            seqlens = torch.full((batch,), _length(seqlens, capacity, num_new), device=k.device)
-        _check_per_sequence("cache_seqlens", seqlens, k, batch, "[batch]")
-        cache = cls(k=k, v=v, seqlens=seqlens, leftpad=leftpad, batch_idx=batch_idx, block_table=block_table)
-        if batch > 0 and may_read(seqlens):
+        length = capacity if seqlens is None else check_position("cache_seqlens", seqlens, **per_sequence)
+        if not isinstance(length, Tensor):
+            if length + num_new > capacity:
+                raise _no_room(str(seqlens), capacity, num_new)
+            length = torch.full((batch,), length, device=k.device)
+        cache = cls(k=k, v=v, seqlens=length, leftpad=leftpad, batch_idx=batch_idx, block_table=block_table)
+        if batch > 0 and may_read(length):
             cache._check_values(num_new)
         return cache
 
@@ -135,29 +141,11 @@ def check_pair(name_k: str, k: Any, name_v: str, v: Any, axes: str) -> None:
         )
 
 
-def _length(cache_seqlens: Any, capacity: int, num_new: int) -> int:
-    """The length that an int, or None, gives to all sequences."""
-    length = capacity if cache_seqlens is None else check_count("cache_seqlens", cache_seqlens, minimum=0)
-    if length + num_new > capacity:
-        raise _no_room(str(cache_seqlens), capacity, num_new)
-    return length
-
-
-def _no_room(got: str, capacity: int, num_new: int) -> Exception:
+def _no_room(got: str, capacity: int, num_new: int) -> InvalidArgument:
+    new = f", {num_new} of them new" if num_new else ""
     return invalid(
         "cache_seqlens",
-        got=f"{got}, for {num_new} new keys in a cache of {capacity}",
-        wanted="the number of keys before this call, at least cache_leftpad, with room for the new ones",
-        remedy="pass cache_seqlens whenever you pass k, and allocate a longer cache where it is full",
+        got=got,
+        wanted=f"0 to {capacity - num_new} keys, no fewer than cache_leftpad: there is room for {capacity}{new}",
+        remedy="pass how many keys the cache holds before this call, and allocate a longer one when it is full",
     )
-
-
-def _check_per_sequence(name: str, value: Any, cache: Tensor, batch: int, axes: str) -> None:
-    check_tensor(name, value, axes, dtypes=_INTEGERS)
-    if value.shape[0] != batch or value.device != cache.device:
-        raise invalid(
-            name,
-            got=f"{value.shape[0]} entries on {value.device}",
-            wanted=f"{batch}, one for each sequence of q, on {cache.device}",
-            remedy=f"make {name} for this batch, on the device of the cache",
-        )

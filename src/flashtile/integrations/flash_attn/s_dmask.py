@@ -39,7 +39,7 @@ def probabilities_with_signs(q: Tensor, k: Tensor, *, dropout_p: float, dropout_
     sequence_idx, q_pos = packed_positions(cu_seqlens_q, num_tokens=q.shape[0])
     p = rows.new_zeros(batch, seqlen_q, heads_q, seqlen_kv)
     # Rows of no sequence are 0, so that adding them to any place changes nothing.
-    p.index_put_((sequence_idx, q_pos.clamp(max=seqlen_q - 1)), rows, accumulate=True)
+    p.index_put_((sequence_idx, q_pos), rows, accumulate=True)
     keep = keep_mask(
         dropout_seed,
         dropout_p=dropout_p,

@@ -17,6 +17,8 @@ from flashtile.spec.options import describe
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_INTEGERS = (torch.int32, torch.int64)
+
 _WORDS = {
     "scale": "softmax_scale",
     "cu_seqlens_kv": "cu_seqlens_k",
@@ -97,28 +99,55 @@ def _is_reach(side: Any) -> bool:
 def parts_of(name: str, packed: Any, *, axes: str) -> tuple[Tensor, ...]:
     """The views q, k, v of a qkv tensor, or k, v of a kv tensor, whose axes are ``axes``: one digit says how many."""
     num_axes, num_parts = axes.count(",") + 1, next(int(letter) for letter in axes if letter.isdigit())
-    is_plain = isinstance(packed, Tensor) and not packed.is_nested
-    if not is_plain or packed.dim() != num_axes or packed.shape[-3] != num_parts:
+    if check_tensor(name, packed, axes).shape[-3] != num_parts:
         raise invalid(
             name,
-            got="a nested tensor" if isinstance(packed, Tensor) and packed.is_nested else describe(packed),
+            got=describe(packed),
             wanted=f"a tensor {axes}",
-            remedy=f"torch.stack the {num_parts} tensors along dim={num_axes - 3}, or pass them one by one to a "
-            "function that takes q, k and v",
+            remedy=f"torch.stack {num_parts} tensors along dim={num_axes - 3}",
         )
     return packed.unbind(-3)
 
 
 def check_tensor(name: str, value: Any, axes: str, *, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
     """``value`` if it is a tensor with as many axes as ``axes`` names, and one of the dtypes if there are any."""
-    is_plain = isinstance(value, Tensor) and not value.is_nested
-    if not is_plain or value.dim() != axes.count(",") + 1 or (dtypes and value.dtype not in dtypes):
-        of = f"a {' or '.join(str(dtype) for dtype in dtypes)} tensor" if dtypes else "a tensor"
+    if not isinstance(value, Tensor):
+        got, remedy = describe(value), f"pass a tensor, for example torch.as_tensor({name})"
+    elif value.is_nested:
+        got, remedy = "a nested tensor", f"pass torch.nested.to_padded_tensor({name}, 0.0)"
+    elif value.dim() != axes.count(",") + 1:
+        got, remedy = describe(value), f"check the axes of {name}"
+    elif dtypes and value.dtype not in dtypes:
+        got, remedy = describe(value), f"pass {name}.to({dtypes[0]})"
+    else:
+        return value
+    of = f"a {' or '.join(str(dtype) for dtype in dtypes)} tensor" if dtypes else "a tensor"
+    raise invalid(name, got=got, wanted=f"{of} {axes}", remedy=remedy)
+
+
+def check_per_sequence(name: str, value: Any, *, batch: int, device: torch.device, axes: str = "[batch]") -> Tensor:
+    """``value`` if it is a tensor of integers with an entry, or a row, for each sequence of the batch."""
+    check_tensor(name, value, axes, dtypes=_INTEGERS)
+    if value.shape[0] != batch or value.device != device:
         raise invalid(
             name,
-            got="a nested tensor" if isinstance(value, Tensor) and value.is_nested else describe(value),
-            wanted=f"{of} {axes}",
-            remedy=f"check the order of the axes of {name}, and its dtype",
+            got=f"{value.shape[0]} entries on {value.device}",
+            wanted=f"{batch}, one for each sequence, on {device}",
+            remedy=f"make {name} for this very batch, on the device of the other tensors",
+        )
+    return value
+
+
+def check_position(name: str, value: Any, *, batch: int, device: torch.device) -> int | Tensor:
+    """``value`` if it is an int >= 0 for all sequences, or a tensor with one for each."""
+    if isinstance(value, Tensor):
+        return check_per_sequence(name, value, batch=batch, device=device)
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 0:
+        raise invalid(
+            name,
+            got=describe(value),
+            wanted="an int >= 0 for all sequences, or an int32 tensor [batch]",
+            remedy="count from the start of each sequence",
         )
     return value
 

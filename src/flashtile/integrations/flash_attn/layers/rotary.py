@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashtile.errors import invalid
-from flashtile.integrations.flash_attn.translation import check_tensor, may_read
+from flashtile.integrations.flash_attn.translation import check_position, check_tensor, may_read
 from flashtile.nn.padding import packed_positions
 from flashtile.nn.rotary import apply_rotary, rotary_cos_sin, xpos_decay
 from flashtile.spec.options import check_count, check_flag, describe
@@ -55,8 +55,8 @@ def apply_rotary_emb(
         check_tensor("cu_seqlens", cu_seqlens, "[batch + 1]", dtypes=(torch.int32,))
         batch, longest = len(cu_seqlens) - 1, check_count("max_seqlen", max_seqlen, minimum=0)
         sequence_idx, positions = packed_positions(cu_seqlens, num_tokens=x.shape[0])
-        positions = positions.clamp(max=max(longest - 1, 0))  # rows that belong to no sequence
-    _check_offsets("seqlen_offsets", seqlen_offsets, batch, longest, num_positions=len(cos))
+    check_position("seqlen_offsets", seqlen_offsets, batch=batch, device=x.device)
+    _check_length(cos, longest, seqlen_offsets)
     if isinstance(seqlen_offsets, Tensor):
         seqlen_offsets = seqlen_offsets[:, None] if sequence_idx is None else seqlen_offsets[sequence_idx]
     positions = positions + seqlen_offsets
@@ -132,7 +132,7 @@ class RotaryEmbedding(torch.nn.Module):
         else:
             axes = "[batch, seqlen, 3, heads, head_dim]"
             queries, keys, result = _part_of("qkv", qkv, axes, 0), _part_of("qkv", qkv, axes, 1), qkv
-        _check_offsets("seqlen_offset", seqlen_offset, qkv.shape[0], queries.shape[1])
+        check_position("seqlen_offset", seqlen_offset, batch=qkv.shape[0], device=qkv.device)
         begin = seqlen_offset[:, None] if isinstance(seqlen_offset, Tensor) else seqlen_offset
         if max_seqlen is None:
             max_seqlen = self._length(queries.shape[1], seqlen_offset)
@@ -178,25 +178,15 @@ def _check_tables(x: Any, cos: Any, sin: Any, *, is_packed: bool) -> None:
             )
 
 
-def _check_offsets(name: str, offsets: Any, batch: int, longest: int, *, num_positions: int | None = None) -> None:
-    """Checks the positions of first tokens, and that tables of ``num_positions`` rows reach as far as they lead."""
+def _check_length(cos: Tensor, longest: int, offsets: int | Tensor) -> None:
+    """Raises if the tables end before the last position, as far as that is known without making a GPU wait."""
     if isinstance(offsets, Tensor):
-        check_tensor(name, offsets, "[batch]", dtypes=(torch.int32, torch.int64))
-        if len(offsets) != batch:
-            raise invalid(
-                name,
-                got=f"{len(offsets)} entries",
-                wanted=f"{batch}, one for each sequence",
-                remedy="pass an int if all sequences begin at the same position",
-            )
-        last = longest + (int(offsets.max()) if batch > 0 and may_read(offsets) else 0)
-    else:
-        last = longest + check_count(name, offsets, minimum=0)
-    if num_positions is not None and longest > 0 and last > num_positions:
+        offsets = int(offsets.max()) if len(offsets) > 0 and may_read(offsets) else 0
+    if longest > 0 and longest + offsets > len(cos):
         raise invalid(
             "cos",
-            got=f"{num_positions} positions",
-            wanted=f"at least {last}, the longest sequence and its offset",
+            got=f"{len(cos)} positions",
+            wanted=f"at least {longest + offsets}, the longest sequence and its offset",
             remedy="make longer tables",
         )
 

@@ -30,26 +30,33 @@ def integers(*numbers: int) -> Tensor:
 
 
 def func(**changes: Any) -> Any:
-    tensors = {"q": zeros(2, 6, 4, 8), "k": zeros(2, 7, 2, 8), "v": zeros(2, 7, 2, 8)}
+    tensors: dict[str, Any] = {"q": zeros(2, 6, 4, 8), "k": zeros(2, 7, 2, 8), "v": zeros(2, 7, 2, 8)}
     return flash_attn.flash_attn_func(**tensors | changes)
 
 
 def kvpacked(**changes: Any) -> Any:
-    return flash_attn.flash_attn_kvpacked_func(**{"q": zeros(2, 6, 4, 8), "kv": zeros(2, 7, 2, 2, 8)} | changes)
+    call: dict[str, Any] = {"q": zeros(2, 6, 4, 8), "kv": zeros(2, 7, 2, 2, 8)}
+    return flash_attn.flash_attn_kvpacked_func(**call | changes)
 
 
 def qkvpacked(**changes: Any) -> Any:
-    return flash_attn.flash_attn_qkvpacked_func(**{"qkv": zeros(2, 6, 3, 4, 8)} | changes)
+    call: dict[str, Any] = {"qkv": zeros(2, 6, 3, 4, 8)}
+    return flash_attn.flash_attn_qkvpacked_func(**call | changes)
 
 
 def varlen(**changes: Any) -> Any:
-    tensors: dict[str, Any] = {"q": zeros(10, 4, 8), "k": zeros(12, 2, 8), "v": zeros(12, 2, 8)}
-    packing = {"cu_seqlens_q": integers(0, 4, 10), "cu_seqlens_k": integers(0, 7, 12)}
-    return flash_attn.flash_attn_varlen_func(**tensors | packing | {"max_seqlen_q": 6, "max_seqlen_k": 7} | changes)
+    call: dict[str, Any] = {"q": zeros(10, 4, 8), "k": zeros(12, 2, 8), "v": zeros(12, 2, 8)}
+    call |= {"cu_seqlens_q": integers(0, 4, 10), "cu_seqlens_k": integers(0, 7, 12)}
+    call |= {"max_seqlen_q": 6, "max_seqlen_k": 7}
+    return flash_attn.flash_attn_varlen_func(**call | changes)
 
 
 def paged(**changes: Any) -> Any:
-    pages = {"k": zeros(9, 4, 2, 8), "v": zeros(9, 4, 2, 8), "block_table": integers(0, 1, 2, 3).view(2, 2)}
+    pages: dict[str, Any] = {
+        "k": zeros(9, 4, 2, 8),
+        "v": zeros(9, 4, 2, 8),
+        "block_table": integers(0, 1, 2, 3).view(2, 2),
+    }
     return varlen(**pages | changes)
 
 
@@ -81,20 +88,27 @@ def kvcache(**changes: Any) -> Any:
 
 
 def paged_kvcache(**changes: Any) -> Any:
-    pages = {"k_cache": zeros(9, 4, 2, 8), "v_cache": zeros(9, 4, 2, 8), "block_table": integers(0, 1, 2, 3).view(2, 2)}
+    pages: dict[str, Any] = {
+        "k_cache": zeros(9, 4, 2, 8),
+        "v_cache": zeros(9, 4, 2, 8),
+        "block_table": integers(0, 1, 2, 3).view(2, 2),
+    }
     return kvcache(**pages | changes)
 
 
 def rotary(**changes: Any) -> Any:
-    return apply_rotary_emb(**{"x": zeros(2, 6, 4, 8), "cos": zeros(9, 4), "sin": zeros(9, 4)} | changes)
+    call: dict[str, Any] = {"x": zeros(2, 6, 4, 8), "cos": zeros(9, 4), "sin": zeros(9, 4)}
+    return apply_rotary_emb(**call | changes)
 
 
 def packed_rotary(**changes: Any) -> Any:
-    return rotary(**{"x": zeros(10, 4, 8), "cu_seqlens": integers(0, 4, 10), "max_seqlen": 6} | changes)
+    call: dict[str, Any] = {"x": zeros(10, 4, 8), "cu_seqlens": integers(0, 4, 10), "max_seqlen": 6}
+    return rotary(**call | changes)
 
 
 def embedding(**changes: Any) -> Any:
-    return RotaryEmbedding(8)(**{"qkv": zeros(2, 6, 3, 4, 8)} | changes)
+    call: dict[str, Any] = {"qkv": zeros(2, 6, 3, 4, 8)}
+    return RotaryEmbedding(8)(**call | changes)
 
 
 HALF = torch.float16

@@ -106,7 +106,7 @@ def test_apply_rotary_emb(
     )
     assert (out is used) == inplace and out.shape == leaf.shape and out.dtype == dtype
     (d_x,) = torch.autograd.grad(out, leaf, d_out.view_as(leaf).to(device))
-    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).eps}
+    tolerance: dict[str, Any] = {"rtol": torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).eps}
     torch.testing.assert_close(out.cpu().double().view_as(expected), expected, **tolerance)
     torch.testing.assert_close(d_x.cpu().double().view_as(expected), expected_d_x, **tolerance)
 

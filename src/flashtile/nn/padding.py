@@ -83,13 +83,13 @@ def spread(packed: Tensor, indices: Tensor, *, batch: int, seqlen: int) -> Tenso
 
     Args:
         packed: [tokens, ...].
-        indices: [tokens] int64, no row twice.
+        indices: [tokens] integers, no row twice.
         batch, seqlen: the first two axes of the result.
 
     Returns:
         [batch, seqlen, ...]; differentiable.
     """
-    rows = packed.new_zeros(batch * seqlen, *packed.shape[1:]).index_copy(0, indices, packed)
+    rows = packed.new_zeros(batch * seqlen, *packed.shape[1:]).index_copy(0, indices.long(), packed)
     return rows.unflatten(0, (batch, seqlen))
 
 

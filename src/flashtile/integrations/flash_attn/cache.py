@@ -128,10 +128,9 @@ class Cache:
                 )
 
 
-def check_pair(name_k: str, k: Any, name_v: str, v: Any, axes: str) -> None:
-    """Raises unless k and v are tensors of ``axes`` that hold one value for each key."""
-    check_tensor(name_k, k, axes)
-    check_tensor(name_v, v, axes)
+def check_pair(name_k: str, k: Any, name_v: str, v: Any, axes: str) -> tuple[Tensor, Tensor]:
+    """k and v if they are tensors of ``axes`` that hold one value for each key."""
+    k, v = check_tensor(name_k, k, axes), check_tensor(name_v, v, axes)
     if v.shape[:-1] != k.shape[:-1] or v.dtype != k.dtype or v.device != k.device:
         raise invalid(
             name_v,
@@ -139,6 +138,7 @@ def check_pair(name_k: str, k: Any, name_v: str, v: Any, axes: str) -> None:
             wanted=f"what {name_k} is, {k.dtype}, {list(k.shape)} on {k.device}; only head_dim may differ",
             remedy=f"make {name_v} beside {name_k}, one value for each key",
         )
+    return k, v
 
 
 def _no_room(got: str, capacity: int, num_new: int) -> InvalidArgument:

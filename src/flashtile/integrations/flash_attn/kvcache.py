@@ -135,8 +135,8 @@ class _Rotation:
         check_flag("rotary_interleaved", is_interleaved)
         if cos is None and sin is None:
             return None
-        check_tensor("rotary_cos", cos, "[positions, rotary_dim / 2]")
-        check_tensor("rotary_sin", sin, "[positions, rotary_dim / 2]")
+        cos = check_tensor("rotary_cos", cos, "[positions, rotary_dim / 2]")
+        sin = check_tensor("rotary_sin", sin, "[positions, rotary_dim / 2]")
         if sin.shape != cos.shape or sin.device != cos.device:
             raise invalid(
                 "rotary_sin",
@@ -175,7 +175,7 @@ def _check_new(k: Any, v: Any, q: Tensor) -> int:
     """How many keys k and v bring for each sequence; 0 if there are none."""
     if k is None and v is None:
         return 0
-    check_pair("k", k, "v", v, "[batch, seqlen_new, heads_k, head_dim]")
+    k, _ = check_pair("k", k, "v", v, "[batch, seqlen_new, heads_k, head_dim]")
     if k.shape[0] != q.shape[0]:
         raise invalid(
             "k", got=f"batch {k.shape[0]}", wanted=f"q's, {q.shape[0]}", remedy="pass new keys for every sequence of q"

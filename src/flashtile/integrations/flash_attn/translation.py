@@ -138,7 +138,7 @@ def check_per_sequence(name: str, value: Any, *, batch: int, device: torch.devic
     return value
 
 
-def check_position(name: str, value: Any, *, batch: int, device: torch.device) -> int | Tensor:
+def check_position(name: str, value: Any, *, batch: int, device: torch.device) -> Any:
     """``value`` if it is an int >= 0 for all sequences, or a tensor with one for each."""
     if isinstance(value, Tensor):
         return check_per_sequence(name, value, batch=batch, device=device)

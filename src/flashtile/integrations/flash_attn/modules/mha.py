@@ -53,7 +53,7 @@ class _Inner(nn.Module):
         """Moves the slopes with the module, but leaves them their precision, whatever dtype the module is cast to."""
         exact = self.alibi_slopes
         super()._apply(fn, recurse)
-        if exact is not None:
+        if exact is not None and self.alibi_slopes is not None:
             self.alibi_slopes = exact.to(self.alibi_slopes.device)
         return self
 

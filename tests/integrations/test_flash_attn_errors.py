@@ -229,6 +229,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str, str]] = [
     (rotary, {"seqlen_offsets": integers(0, 4)}, "cos", "at least 10"),
     (rotary, {"seqlen_offsets": integers(0)}, "seqlen_offsets", "2, one for each sequence"),
     (rotary, {"seqlen_offsets": -1}, "seqlen_offsets", "an int >= 0"),
+    (rotary, {"x": zeros(2, 6, 4, 8).requires_grad_(), "inplace": True}, "x", "x.clone()"),
     (rotary, {"interleaved": 1}, "interleaved", "True or False"),
     (packed_rotary, {"max_seqlen": None}, "max_seqlen", "an integer"),
     (packed_rotary, {"cu_seqlens": integers(0, 10).long()}, "cu_seqlens", "int32"),

@@ -116,7 +116,7 @@ def flash_attn_with_kvcache(
             **options,
         )
     out = out.unflatten(0, (batch, seqlen_q))
-    return (out, lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)) if return_softmax_lse else out
+    return (out, lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1).contiguous()) if return_softmax_lse else out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

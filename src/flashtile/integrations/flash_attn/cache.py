@@ -16,6 +16,7 @@ from flashtile.integrations.flash_attn.translation import (
     may_read,
 )
 from flashtile.nn import kv_cache
+from flashtile.spec.options import describe
 
 DENSE_AXES = "[batch, seqlen_cache, heads_k, head_dim]"
 PAGED_AXES = "[num_blocks, page_block_size, heads_k, head_dim]"
@@ -125,6 +126,19 @@ def check_pair(name_k: str, k: Any, name_v: str, v: Any, axes: str) -> tuple[Ten
             remedy=f"make {name_v} beside {name_k}, one value for each key",
         )
     return k, v
+
+
+def check_slopes(slopes: Any, *, batch: int, heads: int) -> None:
+    """Raises unless the slopes of ALiBi, if there are any, are a tensor with one for each head."""
+    if slopes is None:
+        return
+    if not isinstance(slopes, Tensor) or tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise invalid(
+            "alibi_slopes",
+            got=describe(slopes),
+            wanted=f"a floating-point tensor [heads] = [{heads}] or [batch, heads] = [{batch}, {heads}]",
+            remedy="pass one slope per query head",
+        )
 
 
 def _capacity(k: Tensor, block_table: Tensor | None) -> int:

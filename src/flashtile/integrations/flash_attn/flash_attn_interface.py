@@ -20,13 +20,13 @@ from torch import Tensor
 
 from flashtile.errors import invalid
 from flashtile.functional import attention, attention_varlen, attention_varlen_with_lse, attention_with_lse
-from flashtile.integrations.flash_attn.cache import Cache
+from flashtile.integrations.flash_attn.cache import Cache, check_slopes
 from flashtile.integrations.flash_attn.kvcache import flash_attn_with_kvcache
 from flashtile.integrations.flash_attn.s_dmask import probabilities_with_signs
 from flashtile.integrations.flash_attn.translation import check_packed, check_tensor, in_callers_words, options_of
 from flashtile.nn.kv_cache import attention_over_cache
 from flashtile.spec.dropout import draw_seed
-from flashtile.spec.options import check_dropout_p, check_flag
+from flashtile.spec.options import check_count, check_dropout_p, check_flag
 
 __all__ = [
     "flash_attn_func",
@@ -396,7 +396,10 @@ def _paged(
         )
     for name in ("cu_seqlens_q", "cu_seqlens_kv"):
         check_tensor(name, packing[name], "[batch + 1]", dtypes=(torch.int32,))
+    check_count("max_seqlen_kv", packing["max_seqlen_kv"], minimum=0)
     lengths = packing["cu_seqlens_kv"].diff()
+    check_tensor("q", q, "[total_q, heads, head_dim]")
+    check_slopes(options["alibi_slopes"], batch=len(lengths), heads=q.shape[1])
     cache = Cache.checked(k, v, batch=len(lengths), num_new=0, seqlens=lengths, block_table=block_table)
     out, lse = attention_over_cache(
         q,

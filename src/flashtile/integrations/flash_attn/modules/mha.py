@@ -391,7 +391,8 @@ def _attend_masked(*tensors: Tensor, inner: _Inner, mask: Tensor) -> Tensor:
 
 
 def _check_divides(name: str, number: Any, of: str, total: int) -> None:
-    if check_count(name, number, minimum=1) and total % number != 0:
+    check_count(name, number, minimum=1)
+    if total % number != 0:
         raise invalid(
             name, got=f"{number} beside {of} = {total}", wanted=f"a divisor of {of}", remedy=f"change {name} or {of}"
         )

@@ -64,3 +64,7 @@ class MissingExtra(FlashtileError, ImportError):
 
     def __reduce__(self):
         return type(self), (self.package, self.extra)
+
+
+class NameTaken(FlashtileError, ImportError):
+    """A module that flashtile was asked to stand in for is loaded already."""

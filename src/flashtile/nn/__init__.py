@@ -1,0 +1,1 @@
+"""What surrounds attention in a model: rotary embeddings, padding, key/value caches."""

@@ -19,7 +19,7 @@ WHAT_A_GPU_ADDS = (
     "With a GPU and Nsight Compute: bytes counted by the device's own counters. A CPU's are not open to ordinary "
     "programs, and its arithmetic takes so much of the time that the bound is loose."
 )
-_FIGURES = ("ms", "spread", "predicted MB", "counted MB", "at most MB", "measured / predicted")
+_FIGURES = ("ms", "spread", "predicted MB", "counted MB", "counted / predicted", "at most MB", "at copy speed")
 
 
 def print_results(results: IoResults, console: Console | None = None) -> None:
@@ -40,8 +40,8 @@ def conditions(results: IoResults) -> list[str]:
         "bytes, read plus written.",
         "Predicted: the naive formula at its best, each step reading its operands and writing its results once, scores "
         "in float32; tiles as flashtile plans them.",
-        f"{counted} At most: the time at the speed of a copy, an upper bound; what is measured below is the count, or "
-        "this bound (<=) where there is none.",
+        f"{counted} At most: what a copy moves in the same time, an upper bound. At copy speed: the part of the time "
+        "that the predicted bytes take there; where it is small, something else than memory sets the time.",
     ]
 
 
@@ -83,13 +83,14 @@ def _cells(row: IoRow) -> tuple[str, ...]:
     """As ``_FIGURES`` says."""
     predicted = three_digits(row.predicted_bytes / MB)
     if row.timing is None or row.bound_bytes is None:
-        return WORDS[row.status], "", predicted, "", "", ""
-    measured, sign = (row.bound_bytes, "<= ") if row.counted_bytes is None else (row.counted_bytes, "")
+        return WORDS[row.status], "", predicted, "", "", "", ""
+    counted = row.counted_bytes
     return (
         three_digits(row.timing.median_ms),
         spread(row.timing),
         predicted,
-        "" if row.counted_bytes is None else three_digits(row.counted_bytes / MB),
+        "" if counted is None else three_digits(counted / MB),
+        "" if counted is None else f"{counted / row.predicted_bytes:.2f}",
         three_digits(row.bound_bytes / MB),
-        f"{sign}{measured / row.predicted_bytes:.2f}",
+        f"{row.predicted_bytes / row.bound_bytes:.1%}",
     )

@@ -2,10 +2,11 @@
 #   make demo    train a small transformer twice, with the naive formula and with flashtile; writes report.html
 #   make test    the checks and the whole test suite; what CI runs
 #   make check   ruff, pyright, import-linter and the size report
-#   make bench   times the kernels on this machine beside their peers
+#   make bench   times the kernels on this machine beside their peers; BENCHMARK=models or io: whole models, traffic
 #   make performance   writes docs/performance.md from the results under benchmarks/results/
 
 PYTHON ?= python3
+BENCHMARK ?= kernels
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum pyproject.toml requirements-dev.txt | cksum | cut -d ' ' -f 1)
@@ -26,7 +27,7 @@ check: $(READY)
 	$(BIN)/python scripts/size_report.py
 
 bench: $(READY)
-	$(BIN)/flashtile bench kernels $(ARGS)
+	$(BIN)/flashtile bench $(BENCHMARK) $(ARGS)
 
 performance: $(READY)
 	$(BIN)/python scripts/performance_page.py

@@ -13,9 +13,9 @@ import torch
 from flashtile.backends.base import Plan
 from flashtile.bench import plots
 from flashtile.bench.plots import Bars, Line
+from flashtile.bench.transformer import ModelShape
 from flashtile.demo import page, summary, training
 from flashtile.demo.corpus import Corpus
-from flashtile.demo.model import ModelShape
 from flashtile.demo.results import Comparison, RunResult, Sample, StepRecord
 from flashtile.demo.training import TrainingSettings
 

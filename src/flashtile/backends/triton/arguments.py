@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.backends.triton.constants import FARTHEST_ROWS, STATISTICS_ROWS
+from flashtile.backends.triton.constants import FARTHEST_ROWS, LOG2_E, STATISTICS_ROWS
 from flashtile.spec.dropout import drop_threshold
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -63,7 +63,8 @@ class Softcap(NamedTuple):
 
     scale_by_cap: Any
     """scale / cap: from the product q @ k.T to tanh's argument."""
-    cap: Any
+    cap_log2: Any
+    """cap * log2(e)"""
 
 
 class Dropout(NamedTuple):
@@ -84,7 +85,8 @@ class Window(NamedTuple):
 class ScoreRules(NamedTuple):
     """Everything between the product q @ k.T and the probabilities that are multiplied with V."""
 
-    scale: Any
+    scale_log2: Any
+    """scale * log2(e): scores are powers of two throughout."""
     window: Window
     softcap: Softcap | None
     bias: PairMatrix | None
@@ -147,9 +149,9 @@ def score_rules(problem: AttentionProblem, operands: Operands) -> ScoreRules:
         bias = torch.zeros((), device=operands.q.device)
     slopes = operands.alibi_slopes
     return ScoreRules(
-        scale=problem.scale,
+        scale_log2=problem.scale * LOG2_E,
         window=_window(problem),
-        softcap=Softcap(problem.scale / problem.softcap, problem.softcap) if problem.softcap else None,
+        softcap=Softcap(problem.scale / problem.softcap, problem.softcap * LOG2_E) if problem.softcap else None,
         bias=None if bias is None else pair_matrix(bias, problem),
         mask=None if operands.mask is None else pair_matrix(operands.mask, problem),
         alibi=None if slopes is None else Slopes(slopes, *((0, *slopes.stride())[-2:])),

@@ -71,7 +71,7 @@ def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tu
 def gradients(
     problem: AttentionProblem, operands: Operands, out: Tensor, lse: Tensor, d_out: Tensor, backend: str
 ) -> list[Tensor]:
-    """The gradients that ``problem.gradients`` names, ordered as ``DIFFERENTIABLE``, for callers with their own autograd."""
+    """The gradients that ``problem.gradients`` names, ordered as ``DIFFERENTIABLE``; not recorded by autograd."""
     return torch.ops.flashtile.attention_backward.default(d_out, None, out, lse, *_flat(problem, operands, backend))
 
 

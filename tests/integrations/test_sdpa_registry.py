@@ -17,6 +17,7 @@ from flashtile import UnsupportedProblem
 from flashtile.integrations import sdpa
 from flashtile.integrations.sdpa import aten_ops
 
+attend: Any = F.scaled_dot_product_attention
 OPS = [name for name in aten_ops.KERNELS if hasattr(torch.ops.aten, name)]
 
 
@@ -38,7 +39,7 @@ def heads_last(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2)
 
 
-# --- the ops, called as torch calls them -------------------------------------------------------------------------------
+# --- the ops, called as torch calls them -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -96,16 +97,18 @@ def test_packed_sequences_and_windows(left: int | None, right: int | None) -> No
     """As ``torch.nn.attention.varlen`` calls them."""
     q, k, v, d_out = draw((11, 4, 8), (13, 2, 8), (13, 2, 8), (11, 4, 8))
     cu_q, cu_kv = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 4, 11], [0, 5, 6, 13]))
-    inputs: tuple[Any, ...] = (cu_q, cu_kv, 7, 7, 0.0, False)
+    inputs: list[Any] = [cu_q, cu_kv, 7, 7, 0.0, False]
+    forward: Any = aten_ops.flash_attention_forward
+    backward: Any = aten_ops.flash_attention_backward
     windows = {"window_size_left": left, "window_size_right": right}
     packing = {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv, "max_seqlen_q": 7, "max_seqlen_kv": 7}
-    window = tuple(None if reach in (None, -1) else reach for reach in (left, right))
+    window = (None if left in (None, -1) else left, None if right in (None, -1) else right)
     expected, expected_lse = flashtile.attention_varlen_with_lse(q, k, v, **packing, window=window)
     with torch.no_grad():
-        out, lse, state, unused, _ = aten_ops.flash_attention_forward(q, k, v, *inputs, False, **windows, num_splits=1)
+        out, lse, state, unused, _ = forward(q, k, v, *inputs, False, **windows, num_splits=1)
         into = torch.empty_like(out)
         lse_into = aten_ops.flash_attention_forward_into(into, q, k, v, *inputs, False, **windows)
-        found = aten_ops.flash_attention_backward(d_out, q, k, v, out, lse, *inputs, state, unused, **windows)
+        found = backward(d_out, q, k, v, out, lse, *inputs, state, unused, **windows)
     torch.testing.assert_close((out, lse, into, lse_into), (expected, expected_lse) * 2)
     torch.testing.assert_close(found, torch.autograd.grad(expected, (q, k, v), d_out))
 
@@ -119,7 +122,7 @@ def test_what_the_ops_lack_is_an_error(option: str) -> None:
         aten_ops.sdpa_forward(q, k, v, 0.1, False, True)
 
 
-# --- the registry ------------------------------------------------------------------------------------------------------
+# --- the registry ----------------------------------------------------------------------------------------------------
 
 
 def has_kernels() -> set[bool]:
@@ -176,7 +179,7 @@ def test_a_torch_without_a_registry_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         sdpa.register()
 
 
-# --- the whole way, on a GPU -------------------------------------------------------------------------------------------
+# --- the whole way, on a GPU -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -191,21 +194,21 @@ def test_scaled_dot_product_attention_runs_flashtile(
     options: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": heads_kv != 4}
     exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     with torch_attention.sdpa_kernel(torch_attention.SDPBackend.MATH):
-        expected = F.scaled_dot_product_attention(*exact, **options)
+        expected = attend(*exact, **options)
         expected_grads = torch.autograd.grad(expected, exact, d_out.double())
     calls: list[str] = []
     for name in ("attention", "gradients"):
         original = getattr(aten_ops.ops, name)
         monkeypatch.setattr(aten_ops.ops, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[1])
     sdpa.activate()
-    found = F.scaled_dot_product_attention(q, k, v, **options)
+    found = attend(q, k, v, **options)
     grads = torch.autograd.grad(found, (q, k, v), d_out)
     assert calls == ["attention", "gradients"]
     torch.testing.assert_close(
         [tensor.double() for tensor in (found, *grads)], [expected, *expected_grads], atol=3e-2, rtol=3e-2
     )
     sdpa.restore()
-    F.scaled_dot_product_attention(q, k, v, **options)
+    attend(q, k, v, **options)
     assert len(calls) == 2
 
 
@@ -214,10 +217,10 @@ def test_dropout_varlen_and_compiled_models_on_a_gpu() -> None:
     q = draw((1, 4, 256, 64), dtype=torch.bfloat16, device="cuda")[0]
     sdpa.activate()
     v = torch.eye(256, 64, device="cuda", dtype=torch.bfloat16).expand(1, 4, 256, 64)
-    weights = F.scaled_dot_product_attention(torch.zeros_like(q), torch.zeros_like(q), v, dropout_p=0.5) * 256
+    weights = attend(torch.zeros_like(q), torch.zeros_like(q), v, dropout_p=0.5) * 256
     assert math.isclose(weights.bool().double().mean().item(), 0.5, abs_tol=0.05)
-    compiled = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), fullgraph=True)
-    expected = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    compiled = torch.compile(lambda q: attend(q, q, q, is_causal=True), fullgraph=True)
+    expected = attend(q, q, q, is_causal=True)
     torch.testing.assert_close(compiled(q), expected, atol=2e-2, rtol=2e-2)
     compiled(q).sum().backward()
 
@@ -230,6 +233,6 @@ def test_no_host_synchronisation() -> None:
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for options in ({}, {"is_causal": True}, {"dropout_p": 0.1}):
-                F.scaled_dot_product_attention(q, k, v, **options).sum().backward()
+                attend(q, k, v, **options).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

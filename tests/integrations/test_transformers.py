@@ -1,4 +1,4 @@
-"""``attn_implementation="flashtile"`` against "eager": tiny models with random weights, built from configs, nothing loaded."""
+"""``attn_implementation="flashtile"`` against "eager", on tiny models with random weights: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {
             **SIZES,
+            "num_key_value_heads": 4,
             "q_lora_rank": 8,
             "kv_lora_rank": 8,
             "qk_rope_head_dim": 4,
@@ -72,7 +73,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 2,
         },
     ),
-    "Falcon with ALiBi": ("Falcon", {**SIZES, "alibi": True, "new_decoder_architecture": False, "multi_query": False}),
+    "GPT2": ("GPT2", {**SIZES, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
 }
 BATCH, SEQLEN = 3, 11
 
@@ -111,10 +112,10 @@ def decoder(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     family, options = DECODERS[name]
     config_class = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**options, tie_word_embeddings=False))
-    with torch.no_grad():  # far from uniform attention, so that every key counts
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**options, tie_word_embeddings=False))
+    with torch.no_grad():  # far from uniform attention, or masks would hardly matter
         for parameter_name, parameter in model.named_parameters():
-            if "q_" in parameter_name or "k_" in parameter_name or "query_key_value" in parameter_name:
+            if "q_" in parameter_name or "k_" in parameter_name or "c_attn" in parameter_name:
                 parameter.mul_(12)
             if "sinks" in parameter_name:
                 parameter.normal_()
@@ -144,14 +145,14 @@ def results(model: Any, implementation: str, mask: Tensor | None, **inputs: Any)
     return {"logits": logits.detach(), **grads}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
     assert found.keys() == expected.keys()
     for name, want in expected.items():
         error = (found[name] - want).abs().max() / want.abs().max().clamp(min=1e-3)
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
-# --- decoders ----------------------------------------------------------------------------------------------------------
+# --- decoders --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
@@ -250,7 +251,7 @@ def test_a_cache_that_continues_with_several_tokens() -> None:
         torch.testing.assert_close(logits["flashtile"], logits["eager"], atol=2e-5, rtol=1e-4)
 
 
-# --- packed sequences --------------------------------------------------------------------------------------------------
+# --- packed sequences ------------------------------------------------------------------------------------------------
 
 LENGTHS = (4, 1, 6)
 
@@ -269,6 +270,10 @@ def packed(device: str = "cpu") -> tuple[Tensor, dict[str, Any], dict[str, Any]]
 def test_packed_sequences_are_separate_ones(
     name: str, is_described: bool, device: str, served: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:
+    if name == "GptOss" and not is_described:
+        pytest.skip(
+            "transformers does not tell GptOss's mask the positions: the sequences see each other, in eager too"
+        )
     model = decoder(name, device)
     ids, positions, described = packed(device)
     model.set_attn_implementation("eager")
@@ -293,7 +298,7 @@ def results_of(model: Any, implementation: str, ids: Tensor, positions: Tensor) 
     return model(input_ids=ids, position_ids=positions, use_cache=False).logits
 
 
-# --- other architectures -----------------------------------------------------------------------------------------------
+# --- other architectures ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
@@ -342,15 +347,17 @@ def test_t5_has_a_relative_bias_with_a_gradient(is_padded: bool, served: list[di
         decoder_start_token_id=0,
     )
     model, mask = transformers.T5ForConditionalGeneration(config), padding("right") if is_padded else None
+    if not model._can_set_attn_implementation():
+        pytest.skip(f"the T5 of transformers {transformers.__version__} does not call the attention interface")
     found = {}
     for implementation in ("eager", "flashtile"):
         model.set_attn_implementation(implementation)
         model.zero_grad()
-        model(input_ids=tokens(), attention_mask=mask, labels=tokens()[:, :7]).loss.backward()
+        model(input_ids=tokens(), attention_mask=mask, labels=tokens()[:, :7].contiguous()).loss.backward()
         found[implementation] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert any("relative_attention_bias" in name for name in found["flashtile"])
     assert len(served) == 6, "two layers with self-attention, two with cross-attention too"
-    assert_close(found["flashtile"], found["eager"], 1e-4)
+    assert_close(found["flashtile"], found["eager"])
     tokens_found = [
         generate(model, implementation, tokens(), attention_mask=mask) for implementation in ("eager", "flashtile")
     ]
@@ -373,7 +380,7 @@ def test_chunked_attention_is_a_mask() -> None:
         assert_close(results(model, "flashtile", mask), results(model, "eager", mask))
 
 
-# --- masks of the user -------------------------------------------------------------------------------------------------
+# --- masks of the user -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -469,7 +476,7 @@ def test_mixed_dtypes_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, _ = attention_forward(layer(), query, key.bfloat16(), value.bfloat16(), None)
     assert out.dtype == torch.bfloat16
-    with pytest.raises(InvalidArgument, match="^k: "):
+    with pytest.raises(InvalidArgument, match=r"^k: "):
         attention_forward(layer(), query, key.bfloat16(), value.bfloat16(), None)
 
 
@@ -481,12 +488,13 @@ def visibility(**options: Any) -> Any:
 
 
 def test_code_that_takes_it_for_a_mask_gets_the_mask() -> None:
-    seen = visibility()
+    seen: Any = visibility()
     dense = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).tril().expand(BATCH, 1, -1, -1)
-    assert isinstance(seen, Visibility)
+    assert type(seen) is Visibility
     assert torch.equal(seen.dense(), dense) and torch.equal(seen[:, :, :3], dense[:, :, :3])
     assert (seen.shape, seen.ndim, seen.dtype) == (dense.shape, 4, torch.bool)
-    assert torch.equal(torch.where(seen, 1.0, 2.0), torch.where(dense, 1.0, 2.0))
+    where: Any = torch.where
+    assert torch.equal(where(seen, 1.0, 2.0), where(dense, 1.0, 2.0))
     assert torch.equal(seen.to(torch.float32), dense.float())
     again = attention_mask(
         q_length=5, kv_length=5, mask_function=masking_utils.causal_mask_function, attention_mask=seen
@@ -495,13 +503,14 @@ def test_code_that_takes_it_for_a_mask_gets_the_mask() -> None:
 
 
 def test_a_composed_mask_is_dense() -> None:
-    composed = visibility(or_mask_function=lambda b, h, q, kv: (q < 4) & (kv < 4))
+    composed = visibility(or_mask_function=lambda _b, _h, q, kv: (q < 4) & (kv < 4))
     assert isinstance(composed, Tensor) and bool(composed[0, 0, 0, 3]) and not bool(composed[0, 0, 4, 5])
 
 
-# --- training and compiling --------------------------------------------------------------------------------------------
+# --- training and compiling ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing() -> None:
     model, mask = decoder("Gemma2").train(), padding("left")
     expected = results(model, "flashtile", mask)
@@ -523,16 +532,17 @@ def test_compiled_without_a_graph_break(name: str, side: str) -> None:
     model, mask = decoder(name), padding(side)
     expected = results(model, "eager", mask)
     model.set_attn_implementation("flashtile")
-    graphs: list[str] = []
+    graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph.print_readable(print_output=False))
+        graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
     compiled.set_attn_implementation = lambda _: None
     found = results(compiled, "flashtile", mask)
-    assert graphs[-1].count("flashtile.attention_forward") == 2
+    targets = [str(node.target) for node in graphs[-1].graph.nodes]
+    assert targets.count("flashtile.attention_forward.default") == 2
     assert_close({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected)
 
 
@@ -547,7 +557,7 @@ def test_a_compiled_packed_batch() -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-# --- registration ------------------------------------------------------------------------------------------------------
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
 def test_every_way_to_choose_it(served: list[dict[str, Any]], tmp_path: Any) -> None:
@@ -572,25 +582,21 @@ def test_registering_twice_changes_nothing() -> None:
 
 
 def test_other_names_are_transformers_own() -> None:
-    with pytest.raises(ValueError, match="flashtiles"):
-        transformers.LlamaForCausalLM._from_config(
-            transformers.LlamaConfig(**GROUPED), attn_implementation="no-flashtiles".removeprefix("no-")[:-1] + "s"
-        )
-
-
-class Stubborn(transformers.PreTrainedModel):
-    """A model that computes attention in its own way."""
-
-    config_class = transformers.LlamaConfig
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.post_init()
+    with pytest.raises(ValueError, match="tiles"):
+        transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**GROUPED), attn_implementation="tiles")
+    assert transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)).config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_would_ignore_the_choice_says_so() -> None:
-    with pytest.raises(UnsupportedProblem, match="Stubborn computes attention itself"):
-        Stubborn._from_config(transformers.LlamaConfig(**GROUPED), attn_implementation="flashtile")
+    """Falcon has attention classes of its own."""
+    with pytest.raises(UnsupportedProblem, match="FalconForCausalLM computes attention itself"):
+        transformers.FalconForCausalLM._from_config(transformers.FalconConfig(**SIZES), attn_implementation="flashtile")
+
+
+def test_an_old_version_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.0")
+    with pytest.raises(UnsupportedProblem, match=r"5\.4 and newer, and this is 5\.3\.0"):
+        flashtile_transformers.register()
 
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,7 +605,7 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.Monk
         flashtile_transformers.register()
 
 
-# --- on a GPU ----------------------------------------------------------------------------------------------------------
+# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

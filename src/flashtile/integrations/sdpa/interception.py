@@ -1,7 +1,7 @@
 """``override``: every call of ``F.scaled_dot_product_attention`` inside a ``with`` block, on any device, by any name.
 
-A torch function mode sees calls that were bound before the block began (``from torch.nn.functional import ...``), belongs
-to one thread, nests, and is left on exceptions; ``torch.compile`` traces it and guards on it.
+A torch function mode sees calls that were bound before the block began (``from torch.nn.functional import ...``),
+belongs to one thread, nests, and is left on exceptions; ``torch.compile`` traces it and guards on it.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ _ENTERED = {
     function: _past_the_check(function)
     for function in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.grad)
 }
-"""Functions that call attention inside; the backward does where a checkpoint is computed again. torch switches a mode off
-while it handles a function, so these go past torch's own check and run with the mode on."""
+"""Functions that call attention inside; the backward does where a checkpoint is computed again. torch switches a mode
+off while it handles a function, so these go past torch's own check and run with the mode on."""
 
 
 def override(*, strict: bool = False) -> AbstractContextManager[Any]:
     """Serves every ``F.scaled_dot_product_attention`` of the ``with`` block with flashtile, in this thread.
 
     Shapes, dtypes, broadcasting, ``is_causal`` (aligned top-left), ``enable_gqa``, autocast, gradients (that of a float
-    ``attn_mask`` too) are torch's. It also reaches ``nn.MultiheadAttention`` (``need_weights=False``) and the transformer
-    layers of ``torch.nn``, whose own fused fast paths torch leaves while a mode is on, and it takes the masks of
-    ``torch.nn.attention.bias``. What differs from torch:
+    ``attn_mask`` too) are torch's. It also reaches ``nn.MultiheadAttention`` (``need_weights=False``) and the
+    transformer layers of ``torch.nn``, whose own fused fast paths torch leaves while a mode is on, and it takes the
+    masks of ``torch.nn.attention.bias``. What differs from torch:
 
     * Which weights dropout drops: flashtile draws its own, from torch's generator.
-    * A row that an ``attn_mask`` of numbers hides throughout by float32's or bfloat16's ``finfo.min`` is 0, as with -inf;
-      torch returns the mean of its values.
+    * A row that an ``attn_mask`` of numbers hides throughout by float32's or bfloat16's ``finfo.min`` is 0, as with
+      -inf; torch returns the mean of its values.
     * With activation checkpointing, ``backward`` must be called inside the block: it computes the attention again.
 
-    Every other torch call of the block costs about a microsecond more; compiled code costs nothing more.
+    Every other torch call of the block costs a few microseconds more; compiled code costs nothing more.
 
     Args:
         strict: raise for what flashtile cannot serve, instead of leaving it to torch: nested tensors, tensors made of
-            tensors (such as DTensor), ``dropout_p=1``, values with other heads than the keys, and wrong calls, for which
-            torch has its own error texts.
+            tensors (such as DTensor), ``dropout_p=1``, values with other heads than the keys, and wrong calls, for
+            which torch has its own error texts.
 
     Returns:
         A context manager; blocks nest, and the innermost decides.

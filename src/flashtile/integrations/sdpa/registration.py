@@ -24,8 +24,8 @@ def register() -> None:
     """
     if not hasattr(torch_attention, "register_flash_attention_impl"):
         raise UnsupportedProblem(
-            f"torch {torch.__version__} has no registry of flash attention implementations; install a newer one, or use "
-            "flashtile.integrations.sdpa.override().",
+            f"torch {torch.__version__} has no registry of flash attention implementations. "
+            "Remedy: a newer torch, or flashtile.integrations.sdpa.override()",
             {},
         )
     torch_attention.register_flash_attention_impl(NAME, register_fn=_Activation)

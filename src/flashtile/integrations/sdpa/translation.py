@@ -23,7 +23,7 @@ class SdpaCall:
     | query | [..., heads_q, seqlen_q, head_dim], or [batch, seqlen_q, head_dim] |
     | key | [..., heads_kv, seqlen_kv, head_dim], as many axes as query |
     | value | [..., heads_kv, seqlen_kv, head_dim_v], as many axes as query |
-    | attn_mask | broadcasts to [..., heads_q, seqlen_q, seqlen_kv]; boolean (True = may attend) or added to the scores |
+    | attn_mask | broadcasts to [..., heads_q, seqlen_q, seqlen_kv]; boolean (True = may attend), or added to scores |
     """
 
     query: Tensor
@@ -37,7 +37,7 @@ class SdpaCall:
 
 
 def refusal(call: SdpaCall) -> str | None:
-    """Why a call is left to torch, which serves it or has its own words for what is wrong; None if flashtile takes it."""
+    """Why a call is left to torch, which serves it or has its own words for what is wrong; None if flashtile does."""
     return _refuses_tensors(call) or _refuses_shapes(call) or _refuses_options(call)
 
 
@@ -78,7 +78,7 @@ def attend(call: SdpaCall) -> Tensor:
     return out.squeeze(-3) if lacks_head_axis else out
 
 
-# --- what is left to torch ---------------------------------------------------------------------------------------------
+# --- what is left to torch -------------------------------------------------------------------------------------------
 
 
 def _refuses_tensors(call: SdpaCall) -> str | None:
@@ -138,7 +138,7 @@ def _refuses_options(call: SdpaCall) -> str | None:
     return None if fits else f"attn_mask has shape {list(mask.shape)}, and the scores {list(scores)}"
 
 
-# --- from torch's conventions to flashtile's ---------------------------------------------------------------------------
+# --- from torch's conventions to flashtile's -------------------------------------------------------------------------
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -105,7 +105,7 @@ def _seen(
                 "attention_mask",
                 got=f"None in a causal layer with {query.shape[2]} queries and {key.shape[2]} keys",
                 wanted="a mask, because which keys the queries see is open",
-                remedy="let the model build it with transformers.masking_utils.create_causal_mask, or pass is_causal=False",
+                remedy="build it with transformers.masking_utils.create_causal_mask, or pass is_causal=False",
             )
         return _Seen(window=(None, 0 if is_causal else None)), packing
     if attention_mask.sequences is not None and packing is None and _may_read(query):

@@ -11,22 +11,23 @@ from flashtile.integrations.transformers.visibility import attention_mask
 
 NAME = "flashtile"
 KEY = "exact_tiles"
-"""What a model's config holds: transformers takes any name with "flash" in it for the flash_attn package, loads that from
-the hub, and withholds masks that flashtile serves."""
+"""What a model's config holds: transformers takes any name with "flash" in it for the flash_attn package, loads that
+from the hub, and withholds masks that flashtile serves."""
+OLDEST = (5, 4)
 _ROUTES = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
 
 
 def register() -> None:
     """Lets every model of this process be made or loaded with ``attn_implementation="flashtile"``.
 
-    Padding on either side, packed sequences, sliding windows, softcap, sinks, relative biases, grouped heads, dropout and
-    key/value caches are served; a model that passes an option that flashtile does not know raises, and so does asking for
-    ``output_attentions``. Calling it again changes nothing.
+    Padding on either side, packed sequences, sliding windows, softcap, sinks, relative biases, grouped heads, dropout
+    and key/value caches are served; a model that passes an option that flashtile does not know raises, and so does
+    asking for ``output_attentions``. Calling it again changes nothing.
 
     Raises:
         MissingExtra: transformers is not installed.
-        UnsupportedProblem: this version of transformers has no attention interface; later, when a model is made, that its
-            class does not call the interface, so that the choice could not take effect.
+        UnsupportedProblem: this version of transformers is too old; later, when a model is made: its class does not
+            call the attention interface, so that the choice could not take effect.
 
     Example:
         >>> from flashtile.integrations import transformers as flashtile_transformers
@@ -39,20 +40,18 @@ def register() -> None:
         import transformers
     except ImportError:
         raise MissingExtra("transformers", "transformers") from None
-    needed = ("AttentionInterface", "AttentionMaskInterface")
-    check_name = "_check_and_adjust_attn_implementation"
-    if not all(hasattr(transformers, name) for name in needed) or not hasattr(transformers.PreTrainedModel, check_name):
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
         raise UnsupportedProblem(
-            f"transformers {transformers.__version__} has no attention interface that flashtile knows. "
-            "Remedy: pip install 'flashtile[transformers]'",
+            f"flashtile knows the attention interface of transformers {OLDEST[0]}.{OLDEST[1]} and newer, and this is "
+            f"{transformers.__version__}. Remedy: pip install 'flashtile[transformers]'",
             {},
         )
     for name in (NAME, KEY):
         transformers.AttentionInterface.register(name, attention_forward)
         transformers.AttentionMaskInterface.register(name, attention_mask)
-    check = getattr(transformers.PreTrainedModel, check_name)
+    check = transformers.PreTrainedModel._check_and_adjust_attn_implementation
     if not hasattr(check, "knows_flashtile"):
-        setattr(transformers.PreTrainedModel, check_name, _knowing_flashtile(check))
+        transformers.PreTrainedModel._check_and_adjust_attn_implementation = _knowing_flashtile(check)
 
 
 def _knowing_flashtile(check: Any) -> Any:

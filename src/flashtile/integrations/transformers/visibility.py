@@ -70,8 +70,8 @@ def attention_mask(
 
     Returns:
         A ``Visibility`` where the mask is causal or bidirectional, with or without a sliding window, padding or packed
-        sequences. A dense boolean mask [batch, 1, seqlen_q, seqlen_kv] for everything else: chunked attention, masks that
-        models or users compose, and static caches, whose length on the GPU is not read.
+        sequences. A dense boolean mask [batch, 1, seqlen_q, seqlen_kv] for everything else: chunked attention, masks
+        that models or users compose, and static caches, whose length on the GPU is not read.
     """
     if isinstance(attention_mask, Visibility):
         return attention_mask
@@ -103,7 +103,7 @@ def _window_and_sequences(
 ) -> tuple[Window | None, Tensor | None]:
     """(window, packed sequences) if these two are the whole of a mask function, else (None, None).
 
-    transformers says so by permission to leave a mask out: what remains is then causality or nothing, within a local size.
+    transformers says so by permission to leave a mask out: what remains is causality or nothing, within a local size.
     Packed sequences it never lets out, so those are read off the function itself.
     """
     local_size = options.get("local_size")

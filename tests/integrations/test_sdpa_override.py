@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -162,6 +162,7 @@ def test_a_row_that_sees_nothing_is_zero_and_so_are_its_gradients(kind: str, ser
     torch.testing.assert_close(out, attend(*tensors, attn_mask=visible))
 
 
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_mix(data: st.DataObject) -> None:
     draw = data.draw
@@ -252,6 +253,7 @@ def left_to_torch() -> dict[str, Callable[[], tuple[tuple[Tensor, ...], dict[str
     }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("name", left_to_torch())
 def test_what_flashtile_cannot_serve_is_torch_s_or_an_error(name: str, served: list[dict[str, Any]]) -> None:
     tensors, options = left_to_torch()[name]()

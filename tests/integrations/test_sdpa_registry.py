@@ -122,6 +122,53 @@ def test_what_the_ops_lack_is_an_error(option: str) -> None:
         aten_ops.sdpa_forward(q, k, v, 0.1, False, True)
 
 
+# --- the ops under torch's own autograd and compiler, on the CPU -----------------------------------------------------
+
+
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    """torch has no CPU kernel for these ops, so ours can stand in for those that CUDA would get."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name in OPS:
+            library.impl(name, aten_ops.KERNELS[name], "CPU")
+        yield
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_torch_differentiates_and_compiles_them(dropout_p: float, is_compiled: bool) -> None:
+    q, k, v, d_out = draw((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8), (2, 4, 9, 8))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, True)
+        return found[0], found[6]
+
+    out, state = (torch.compile(call, fullgraph=True, backend="aot_eager") if is_compiled else call)(q, k, v)
+    seed = state.view(torch.int64)[0] if dropout_p else None
+    transposed = (heads_last(tensor) for tensor in (q, k, v))
+    expected = heads_last(flashtile.attention(*transposed, causal=True, dropout_p=dropout_p, dropout_seed=seed))
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out, (q, k, v), d_out)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (q, k, v), d_out))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0)])
+def test_torch_s_own_varlen_attention(window: tuple[int, int]) -> None:
+    varlen_attn = pytest.importorskip("torch.nn.attention.varlen", reason="newer torch has it").varlen_attn
+    q, k, v, d_out = draw((11, 4, 8), (13, 4, 8), (13, 4, 8), (11, 4, 8))
+    cu_q, cu_kv = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 4, 11], [0, 5, 6, 13]))
+    out = varlen_attn(q, k, v, cu_q, cu_kv, 7, 7, window_size=window)
+    packing: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv, "max_seqlen_q": 7, "max_seqlen_kv": 7}
+    reach = (None if window[0] < 0 else window[0], None if window[1] < 0 else window[1])
+    expected = flashtile.attention_varlen(q, k, v, **packing, window=reach)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (q, k, v), d_out), torch.autograd.grad(expected, (q, k, v), d_out)
+    )
+
+
 # --- the registry ----------------------------------------------------------------------------------------------------
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flashtile import functional
@@ -84,7 +84,7 @@ def attend(call: SdpaCall) -> Tensor:
 def _refuses_tensors(call: SdpaCall) -> str | None:
     for name in ("query", "key", "value", "attn_mask"):
         tensor = getattr(call, name)
-        if name == "attn_mask" and (tensor is None or isinstance(tensor, CausalBias)):
+        if name == "attn_mask" and (tensor is None or _is_causal_bias(tensor)):
             continue
         if not isinstance(tensor, Tensor):
             return f"{name} is no tensor"
@@ -116,14 +116,14 @@ def _refuses_shapes(call: SdpaCall) -> str | None:
 
 
 def _refuses_options(call: SdpaCall) -> str | None:
-    mask = call.attn_mask
+    mask: Any = call.attn_mask
     if not 0 <= call.dropout_p < 1:
         return f"dropout_p is {call.dropout_p}"
     if mask is None:
         return None
     if call.is_causal:
         return "there are both is_causal and attn_mask"
-    if isinstance(mask, CausalBias):
+    if _is_causal_bias(mask):
         sizes = (mask.seq_len_q, mask.seq_len_kv)
         return None if sizes == (call.query.shape[-2], call.key.shape[-2]) else f"attn_mask is for the lengths {sizes}"
     if mask.dtype not in (torch.bool, torch.float32, call.query.dtype, _autocast_dtype(call.query)):
@@ -159,11 +159,16 @@ def _as_autocast(call: SdpaCall) -> SdpaCall:
 
 def _without_causal_bias(call: SdpaCall) -> tuple[SdpaCall, bool, bool]:
     """(call, is_top_left, is_bottom_right): torch.nn.attention.bias says by an object what a window says here."""
-    bias = call.attn_mask
-    if not isinstance(bias, CausalBias):
+    bias: Any = call.attn_mask
+    if bias is None or not _is_causal_bias(bias):
         return call, call.is_causal, False
-    is_top_left = bias.variant == CausalVariant.UPPER_LEFT
+    is_top_left = bias.variant.name == "UPPER_LEFT"
     return replace(call, attn_mask=None), is_top_left, not is_top_left
+
+
+def _is_causal_bias(mask: Any) -> bool:
+    """Whether it is a ``torch.nn.attention.bias.CausalBias``; importing that module would load torch's compiler."""
+    return type(mask) is not Tensor and type(mask).__qualname__ == "CausalBias"
 
 
 def _with_head_axis(call: SdpaCall) -> SdpaCall:

@@ -31,6 +31,7 @@ class Visibility:
         self.keys = keys
         self.sequences = sequences
         self._dense = dense
+        self._compact: Tensor | None = None
 
     def dense(self) -> Tensor:
         """All of it as one boolean mask [batch, 1, seqlen_q, seqlen_kv], True = may attend."""
@@ -38,9 +39,11 @@ class Visibility:
 
     def compact_mask(self) -> Tensor | None:
         """What ``window`` leaves to a mask: [batch, 1, 1, seqlen_kv], and the whole square for packed sequences."""
-        if self.sequences is not None:
-            return self.sequences[:, None, :, None] == self.sequences[:, None, None, :]
-        return None if self.keys is None else self.keys[:, None, None, :]
+        if self._compact is None and self.sequences is not None:
+            self._compact = self.sequences[:, None, :, None] == self.sequences[:, None, None, :]
+        elif self._compact is None and self.keys is not None:
+            self._compact = self.keys[:, None, None, :]
+        return self._compact
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -61,7 +64,7 @@ def attention_mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
+    kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any],
     attention_mask: Tensor | Visibility | None = None,
     **options: Any,
@@ -82,7 +85,7 @@ def attention_mask(
             q_length=q_length,
             kv_length=kv_length,
             q_offset=q_offset,  # type: ignore[arg-type]
-            kv_offset=kv_offset,
+            kv_offset=kv_offset,  # type: ignore[arg-type]
             mask_function=mask_function,
             attention_mask=attention_mask,
             **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
@@ -90,12 +93,19 @@ def attention_mask(
         assert mask is not None
         return mask
 
-    is_aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     window, sequences = _window_and_sequences(mask_function, options)
+    is_aligned = window == (None, None) or _ends_with_the_last_query(q_offset, q_length, kv_offset, kv_length)
     if not is_aligned or window is None or (attention_mask is not None and attention_mask.dim() != 2):
         return dense()
     keys = None if attention_mask is None else _keys(attention_mask, kv_length, kv_offset)
     return Visibility(window=window, keys=keys, sequences=sequences, dense=dense)
+
+
+def _ends_with_the_last_query(q_offset: int | Tensor, q_length: int, kv_offset: int | Tensor, kv_length: int) -> bool:
+    """Whether the last key is the last query's own, so that windows are aligned bottom-right; False if unknown here."""
+    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
+        return False
+    return q_offset + q_length == kv_offset + kv_length
 
 
 def _window_and_sequences(
@@ -153,7 +163,7 @@ def _closure(function: Callable[..., Any]) -> dict[str, Any]:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
-def _keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor | None:
+def _keys(attention_mask: Tensor, kv_length: int, kv_offset: Any) -> Tensor | None:
     """[batch, seqlen_kv]: which keys are no padding; None if none is and finding out costs no synchronisation."""
     missing = kv_offset + kv_length - attention_mask.shape[-1]
     padded = torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask

@@ -107,6 +107,17 @@ def test_masks_broadcast(shape: str, kind: str, served: list[dict[str, Any]]) ->
     assert_as_torch(tensors, served, attn_mask=mask)
 
 
+def test_only_the_mask_has_a_gradient(served: list[dict[str, Any]]) -> None:
+    """PT#148476: with constant q, k and v the gradient of a bias was lost."""
+    q, k, v = (tensor.detach() for tensor in leaves(*SHAPES["four axes"]))
+    mask = torch.randn(3, 7, 9, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(attend(q, k, v, attn_mask=mask).square().sum(), mask)
+    with sdpa.override():
+        (found,) = torch.autograd.grad(attend(q, k, v, attn_mask=mask).square().sum(), mask)
+    assert len(served) == 1
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("shape", [(7, 9), (4, 7, 9), (1, 7, 9), (4, 1, 9)])
 def test_masks_of_three_axes(shape: tuple[int, ...], served: list[dict[str, Any]]) -> None:
     mask = torch.randn(shape, generator=torch.Generator().manual_seed(1)) > -0.5

@@ -286,6 +286,18 @@ def test_packed_sequences_are_separate_ones(
     found.square().sum().backward()
 
 
+def test_boundaries_without_a_mask() -> None:
+    """As vision towers call their layers."""
+    q, k, v = qkv(11, 11)
+    _, _, described = packed()
+    out, _ = attention_forward(layer(), q, k, v, None, is_causal=False, sliding_window=None, **described)
+    parts = [
+        nn.functional.scaled_dot_product_attention(*part)
+        for part in zip(*(x.split(LENGTHS, 2) for x in (q, k, v)), strict=True)
+    ]
+    torch.testing.assert_close(out, torch.cat(parts, dim=2).transpose(1, 2))
+
+
 def test_a_packed_batch_of_several_rows() -> None:
     model, ids = decoder("Mistral"), tokens(batch=2)
     positions = torch.stack([torch.cat([torch.arange(a), torch.arange(SEQLEN - a)]) for a in (3, 5)])
@@ -573,6 +585,16 @@ def test_every_way_to_choose_it(served: list[dict[str, Any]], tmp_path: Any) -> 
         assert len(served) == 2
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain.config._attn_implementation == "sdpa", "a saved model does not depend on flashtile"
+
+
+def test_parts_of_a_model_choose_for_themselves() -> None:
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2VLConfig(text_config={**GROUPED, "rope_parameters": rope}, vision_config=vision)
+    choice = {"text_config": "flashtile", "vision_config": "eager"}
+    model = transformers.Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=choice)
+    found = (model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation)
+    assert found == ("exact_tiles", "eager")
 
 
 def test_registering_twice_changes_nothing() -> None:

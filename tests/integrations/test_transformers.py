@@ -459,12 +459,22 @@ def test_a_causal_layer_without_a_mask_and_with_other_lengths_is_refused() -> No
         ({"cache": object()}, "cache"),
         ({"dropout": 1.5}, "dropout_p"),
         ({"attention_mask": torch.ones(1, 5, dtype=torch.bool)}, "attention_mask"),
+        ({"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q"),
     ],
 )
 def test_an_option_that_is_not_honoured_is_an_error(options: dict[str, Any], named: str) -> None:
     mask = options.pop("attention_mask", None)
     with pytest.raises(InvalidArgument, match=f"^{named}: "):
         attention_forward(layer(), *qkv(), mask, **options)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "padding"])
+def test_boundaries_beside_what_contradicts_them_are_an_error(name: str) -> None:
+    _, _, described = packed()
+    mask = visibility(padded=True) if name == "padding" else None
+    options = {"position_bias": torch.ones(1, 2, 11, 11)} if name == "position_bias" else {}
+    with pytest.raises(InvalidArgument, match=r"^cu_seq_lens_q: got boundaries of packed sequences beside"):
+        attention_forward(layer(), *qkv(11, 11), mask, **described, **options)
 
 
 def test_harmless_options_are_let_through() -> None:
@@ -492,11 +502,12 @@ def test_mixed_dtypes_under_autocast() -> None:
         attention_forward(layer(), query, key.bfloat16(), value.bfloat16(), None)
 
 
-def visibility(**options: Any) -> Any:
+def visibility(*, padded: bool = False, **options: Any) -> Any:
     config = transformers.LlamaConfig(**GROUPED)
     config._attn_implementation = "flashtile"
     embeds = torch.zeros(BATCH, SEQLEN, 32)
-    return create_causal_mask(config, embeds, attention_mask=None, past_key_values=None, **options)
+    mask = padding("left") if padded else None
+    return create_causal_mask(config, embeds, attention_mask=mask, past_key_values=None, **options)
 
 
 def test_code_that_takes_it_for_a_mask_gets_the_mask() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flashtile import functional
+from flashtile.integrations.autocast import autocast_dtype
 from flashtile.spec.problem import DTYPES
 
 
@@ -92,7 +93,7 @@ def _refuses_tensors(call: SdpaCall) -> str | None:
             return f"{name} is nested or not strided"
         if is_traceable_wrapper_subclass(tensor):
             return f"{name} is a {type(tensor).__name__}, a tensor made of tensors"
-    q, k, v = (_autocast_dtype(tensor) for tensor in (call.query, call.key, call.value))
+    q, k, v = (autocast_dtype(tensor) for tensor in (call.query, call.key, call.value))
     if q not in DTYPES or not q == k == v:
         return f"query, key and value are {q}, {k} and {v}"
     if call.query.device != call.key.device or call.query.device != call.value.device:
@@ -108,8 +109,8 @@ def _refuses_shapes(call: SdpaCall) -> str | None:
         return "head_dim or seqlen_kv disagree, or are 0"
     if len(q) >= 3:
         heads_q, heads_kv, heads_v = q[-3], k[-3], v[-3]
-        if heads_kv != heads_v or heads_kv == 0:
-            return f"key has {heads_kv} heads and value {heads_v}"
+        if heads_kv != heads_v or 0 in (heads_q, heads_kv):
+            return f"query, key and value have {heads_q}, {heads_kv} and {heads_v} heads"
         if heads_q != heads_kv and (heads_q % heads_kv != 0 or (heads_kv != 1 and not call.enable_gqa)):
             return f"query has {heads_q} heads and key {heads_kv}, with enable_gqa={call.enable_gqa}"
     return "the batch axes of query, key and value do not broadcast" if _batch_axes(q, k, v) is None else None
@@ -126,7 +127,7 @@ def _refuses_options(call: SdpaCall) -> str | None:
     if _is_causal_bias(mask):
         sizes = (mask.seq_len_q, mask.seq_len_kv)
         return None if sizes == (call.query.shape[-2], call.key.shape[-2]) else f"attn_mask is for the lengths {sizes}"
-    if mask.dtype not in (torch.bool, torch.float32, call.query.dtype, _autocast_dtype(call.query)):
+    if mask.dtype not in (torch.bool, torch.float32, call.query.dtype, autocast_dtype(call.query)):
         return f"attn_mask is {mask.dtype} beside a query in {call.query.dtype}"
     if mask.device != call.query.device:
         return f"attn_mask is on {mask.device}"
@@ -141,17 +142,9 @@ def _refuses_options(call: SdpaCall) -> str | None:
 # --- from torch's conventions to flashtile's -------------------------------------------------------------------------
 
 
-def _autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which torch would compute: under autocast, floating-point numbers but float64 are cast."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or not torch.amp.is_autocast_available(device):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-
-
 def _as_autocast(call: SdpaCall) -> SdpaCall:
     """The call as autocast hands it to torch's kernels; a mask keeps its exact numbers."""
-    dtype = _autocast_dtype(call.query)
+    dtype = autocast_dtype(call.query)
     if dtype == call.query.dtype == call.key.dtype == call.value.dtype:
         return call
     return replace(call, query=call.query.to(dtype), key=call.key.to(dtype), value=call.value.to(dtype))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashtile import functional
 from flashtile.errors import invalid
+from flashtile.integrations.autocast import autocast_dtype
 from flashtile.integrations.transformers.visibility import Visibility, Window
 from flashtile.spec.options import describe
 
@@ -28,6 +29,7 @@ _HARMLESS = frozenset(
     }
 )
 """Options that layers pass on and that change nothing here; of the rest, any but None and False is refused."""
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ def attention_forward(
     """
     options = {name: value for name, value in options.items() if value is not None and name not in _HARMLESS}
     seen, packing = _seen(module, query, key, attention_mask, options)
-    q, k, v = _in_one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    q, k, v = (tensor.transpose(1, 2).to(autocast_dtype(tensor)) for tensor in (query, key, value))
     common: dict[str, Any] = {
         "window": seen.window,
         "mask": seen.mask,
@@ -108,9 +110,17 @@ def _seen(
                 remedy="build it with transformers.masking_utils.create_causal_mask, or pass is_causal=False",
             )
         return _Seen(window=(None, 0 if is_causal else None)), packing
-    if attention_mask.sequences is not None and packing is None and _may_read(query):
+    if attention_mask.keys is not None and packing is not None:
+        raise invalid(
+            "cu_seq_lens_q",
+            got="boundaries of packed sequences beside an attention_mask with padding",
+            wanted="one of the two",
+            remedy="leave attention_mask out: packed sequences have no padding",
+        )
+    has_bias = "position_bias" in options
+    if attention_mask.sequences is not None and packing is None and _may_read(query) and not has_bias:
         packing = _packing_of(attention_mask.sequences)
-    if packing is not None and attention_mask.keys is None:
+    if packing is not None:
         return _Seen(window=attention_mask.window), packing
     return _Seen(window=attention_mask.window, mask=attention_mask.compact_mask()), None
 
@@ -127,11 +137,18 @@ def _seen_by_mask(mask: Tensor) -> _Seen:
 
 
 def _packing_of_caller(options: dict[str, Any]) -> dict[str, Any] | None:
-    """The packed sequences that the caller described; all four numbers or none."""
-    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    cu_q, cu_kv, max_q, max_kv = (options.pop(name, None) for name in names)
-    if cu_q is None or cu_kv is None or max_q is None or max_kv is None:
+    """The packed sequences that the caller described."""
+    cu_q, cu_kv, max_q, max_kv = (options.pop(name, None) for name in _BOUNDARIES)
+    if cu_q is None and cu_kv is None:
         return None
+    if cu_q is None or cu_kv is None or max_q is None or max_kv is None or "position_bias" in options:
+        raise invalid(
+            "cu_seq_lens_q",
+            got="boundaries of packed sequences "
+            + ("beside a position_bias" if "position_bias" in options else "alone"),
+            wanted=f"all of {', '.join(_BOUNDARIES)}, and no position_bias",
+            remedy="take them from transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)",
+        )
     return {
         "cu_seqlens_q": cu_q.to(torch.int32),
         "cu_seqlens_kv": cu_kv.to(torch.int32),
@@ -152,15 +169,6 @@ def _packing_of(sequences: Tensor) -> dict[str, Any]:
 def _may_read(tensor: Tensor) -> bool:
     """Whether values can be read without waiting for a device, and without breaking a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, layers mix dtypes: then all are cast, as torch casts them for its own attention."""
-    device = q.device.type
-    if q.dtype == k.dtype == v.dtype or not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _sum(bias: Tensor | None, position_bias: Tensor | None) -> Tensor | None:

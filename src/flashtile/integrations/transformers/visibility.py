@@ -142,7 +142,8 @@ def _packed(mask_function: Callable[..., Any]) -> tuple[Window | None, Tensor | 
         elif _is_made_by(masking_utils.and_masks, function):
             pending += inner["mask_functions"]
         elif _is_made_by(masking_utils.sliding_window_overlay, function):
-            left = min(inner["sliding_window"] - 1, inner["sliding_window"] - 1 if left is None else left)
+            reach = inner["sliding_window"] - 1  # the query itself is one of the window's tokens
+            left = reach if left is None else min(left, reach)
         elif _is_made_by(masking_utils.packed_sequence_mask_function, function):
             sequences = inner["packed_sequence_mask"]
         elif _is_made_by(getattr(masking_utils, "remap_positions_for_packed_sequence", None), function):

@@ -76,7 +76,8 @@ class Block(nn.Module):
 
 
 def dense(t: Tensors, qkv: Tensor) -> Tensor:
-    return flash_attn.flash_attn_func(*qkv.unbind(2), causal=True, window_size=(3, 0), alibi_slopes=t.slopes)
+    q, k, v = qkv.unbind(2)
+    return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(3, 0), alibi_slopes=t.slopes)
 
 
 def dense_with_lse(t: Tensors, qkv: Tensor) -> Tensor:
@@ -94,15 +95,16 @@ def dense_with_dropout(t: Tensors, qkv: Tensor) -> Tensor:
 def packed(t: Tensors, qkv: Tensor) -> Tensor:
     tokens = qkv.flatten(0, 1)[:TOKENS]
     first = flash_attn.flash_attn_varlen_qkvpacked_func(tokens, t.cu_seqlens, 4, causal=True)
-    packing = (t.cu_seqlens, t.cu_seqlens, 4, 4)
+    (_, k, v), packing = tokens.unbind(1), (t.cu_seqlens, t.cu_seqlens, 4, 4)
     second = flash_attn.flash_attn_varlen_kvpacked_func(first, tokens[:, 1:], *packing)
-    third = flash_attn.flash_attn_varlen_func(second, *tokens[:, 1:].unbind(1), *packing, 0.1)
-    return third + flash_attn.flash_attn_unpadded_func(third, *tokens[:, 1:].unbind(1), *packing, 0.0)
+    third = flash_attn.flash_attn_varlen_func(second, k, v, *packing, 0.1)
+    return third + flash_attn.flash_attn_unpadded_func(third, k, v, *packing, 0.0)
 
 
 def paged(t: Tensors, qkv: Tensor) -> Tensor:
     q, packing = qkv[:, :3, 0].flatten(0, 1), (t.cu_seqlens, t.cu_seqlens, 4, 4)
-    return flash_attn.flash_attn_varlen_func(q, *t.pages.unbind(), *packing, block_table=t.block_table)
+    k, v = t.pages.unbind()
+    return flash_attn.flash_attn_varlen_func(q, k, v, *packing, block_table=t.block_table)
 
 
 def rotated(t: Tensors, qkv: Tensor) -> Tensor:

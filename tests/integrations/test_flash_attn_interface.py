@@ -7,10 +7,10 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 import flashtile.integrations.flash_attn as flash_attn
 from flashtile.errors import FlashtileError, NameTaken
@@ -177,6 +177,8 @@ def test_importing_flashtile_does_not_import_this() -> None:
     assert "flashtile.integrations" not in done.stdout and "flashtile.nn" not in done.stdout
 
 
-def test_it_runs_without_a_gpu() -> None:
-    q = torch.randn(1, 3, 2, 8)
-    assert flash_attn.flash_attn_func(q, q, q).device.type == "cpu"
+def test_the_example_was_changed_in_one_line() -> None:
+    """The rest of it names nothing of flashtile's."""
+    script = Path(__file__).resolve().parents[2] / "examples" / "flash_attn_script.py"
+    ours = [line for line in script.read_text().splitlines() if "flashtile" in line]
+    assert ours == ["import flashtile.integrations.flash_attn as flash_attn  # was: import flash_attn"]

@@ -220,10 +220,10 @@ def test_prompts_of_different_lengths() -> None:
     module, lengths = module_of(options, layer_idx=0), torch.tensor([0, 5, 3], dtype=torch.int32)
     x = torch.randn(2, 6, EMBED, dtype=torch.float64)
     params = params_of()
-    params.batch_size_offset = 1
+    params.batch_size_offset, params.lengths_per_sample = 1, lengths
     params.key_value_memory_dict[0] = module.allocate_inference_cache(3, 16)
     module(x[:, :5], inference_params=params)
-    params.seqlen_offset, params.lengths_per_sample = 5, lengths
+    params.seqlen_offset = 5
     step = module(x[:, 5:], inference_params=params)
     for row, length in enumerate((5, 3)):
         whole = torch.cat([x[row : row + 1, :length], x[row : row + 1, 5:]], dim=1)

@@ -170,13 +170,22 @@ class ProjectedAttention(nn.Module):
         return rows.unpack(self._joined(out))
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Also takes what ``torch.nn.MultiheadAttention`` saved."""
-        *_, error_msgs = lists
-        rows = {name: self.get_submodule(name).weight.shape[0] for name in torch_state.PROJECTIONS}
+        rows_kv = self.n_head_kv * self.head_dim
+        rows = {"q_proj": self.n_head * self.head_dim, "k_proj": rows_kv, "v_proj": rows_kv}
         error_msgs.extend(torch_state.translate(state_dict, prefix, rows))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _check_divides(name: str, number: int, of: str, total: int) -> None:

@@ -15,8 +15,6 @@ from torch import nn
 from flashtile.errors import UnsupportedProblem, invalid
 from flashtile.spec.options import describe
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-
 
 def translate(state_dict: dict[str, Any], prefix: str, rows: Mapping[str, int]) -> list[str]:
     """Renames and splits torch's entries under ``prefix`` in place; others stay as they are.
@@ -24,13 +22,13 @@ def translate(state_dict: dict[str, Any], prefix: str, rows: Mapping[str, int]) 
     Args:
         state_dict: of a whole model.
         prefix: of this module in it, "" or ending with a dot.
-        rows: the number of output rows of each of ``PROJECTIONS``.
+        rows: the number of output rows of q_proj, k_proj and v_proj, in this order.
 
     Returns:
         What is wrong, in words for ``load_state_dict``; empty if nothing is.
     """
     wrong = []
-    for name in PROJECTIONS:
+    for name in rows:
         if f"{prefix}{name}_weight" in state_dict:
             state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}_weight")
     for kind in ("weight", "bias"):
@@ -45,7 +43,7 @@ def translate(state_dict: dict[str, Any], prefix: str, rows: Mapping[str, int]) 
             continue
         # Copies, so that with assign=True no parameter keeps the stacked one alive.
         parts = (part.clone() for part in stacked.split(list(rows.values())))
-        state_dict |= {f"{prefix}{name}.{kind}": part for name, part in zip(PROJECTIONS, parts, strict=True)}
+        state_dict |= {f"{prefix}{name}.{kind}": part for name, part in zip(rows, parts, strict=True)}
     if state_dict.pop(f"{prefix}bias_k", None) is not None or state_dict.pop(f"{prefix}bias_v", None) is not None:
         wrong.append(f"{prefix}bias_k, {prefix}bias_v: {_NO_BIAS_KV}.")
     return wrong

@@ -213,7 +213,7 @@ def test_constructors_refuse(options: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"dim": 3}, "^rotary_dim: got 3"), ({"base": 0}, "^base: got 0"), ({"interleaved": 1}, "^interleaved: got 1")],
+    [({"dim": 3}, "^dim: got 3"), ({"base": 0}, "^base: got 0"), ({"interleaved": 1}, "^interleaved: got 1")],
 )
 def test_rotary_refuses(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 -- torch's own name for it
 from flashtile.nn.padding import Packing, packing_of
 from flashtile.nn.projections import ProjectedAttention
 from flashtile.spec.masks import is_visible
-from flashtile.spec.options import check_mask_spec
+from flashtile.spec.options import check_flag, check_mask_spec
 
 
 class _SelfAttention(ProjectedAttention):
@@ -28,6 +28,7 @@ class _SelfAttention(ProjectedAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_flag("bias", bias)
         super().__init__(
             d_model,
             n_head,

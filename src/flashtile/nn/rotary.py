@@ -38,7 +38,7 @@ class Rotary:
 
     def __post_init__(self) -> None:
         if self.dim is not None:
-            _check_rotary_dim(self.dim)
+            _check_rotary_dim("dim", self.dim)
         if not isinstance(self.base, (int, float)) or not self.base > 0:
             raise invalid("base", got=describe(self.base), wanted="a positive number", remedy="leave it out for 10000")
         check_flag("interleaved", self.interleaved)
@@ -72,7 +72,7 @@ def rotary_cos_sin(positions: Tensor, rotary_dim: int, *, base: float = 10000.0)
         >>> cos.shape
         torch.Size([128, 32])
     """
-    _check_rotary_dim(rotary_dim)
+    _check_rotary_dim("rotary_dim", rotary_dim)
     inverse_frequencies = base ** -_fractions(rotary_dim, positions.device)
     angles = positions[..., None].to(torch.float32) * inverse_frequencies
     return angles.cos(), angles.sin()
@@ -98,7 +98,7 @@ def xpos_decay(positions: Tensor, rotary_dim: int, *, scale_base: float) -> Tens
         >>> xpos_decay(torch.zeros(1), 4, scale_base=512.0).tolist()
         [[1.0, 1.0]]
     """
-    _check_rotary_dim(rotary_dim)
+    _check_rotary_dim("rotary_dim", rotary_dim)
     per_step = (_fractions(rotary_dim, positions.device) + 0.4) / 1.4
     return per_step ** (positions[..., None].to(torch.float32) / scale_base)
 
@@ -156,8 +156,6 @@ def _fractions(rotary_dim: int, device: torch.device) -> Tensor:
     return torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
 
 
-def _check_rotary_dim(rotary_dim: int) -> None:
-    if check_count("rotary_dim", rotary_dim, minimum=2) % 2:
-        raise invalid(
-            "rotary_dim", got=str(rotary_dim), wanted="an even number", remedy="coordinates turn in pairs; drop one"
-        )
+def _check_rotary_dim(name: str, rotary_dim: int) -> None:
+    if check_count(name, rotary_dim, minimum=2) % 2:
+        raise invalid(name, got=str(rotary_dim), wanted="an even number", remedy="coordinates turn in pairs; drop one")

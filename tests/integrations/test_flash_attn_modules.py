@@ -304,5 +304,12 @@ def test_packed_inner_modules_need_both_boundaries() -> None:
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(InvalidArgument, match=r"^max_seqlen: got None"):
         FlashSelfAttention()(torch.randn(4, 3, 2, 8), cu_seqlens=cu_seqlens)
+    q, kv = torch.randn(4, 2, 8), torch.randn(4, 2, 2, 8)
     with pytest.raises(InvalidArgument, match=r"^cu_seqlens_k: got None"):
-        FlashCrossAttention()(torch.randn(4, 2, 8), torch.randn(4, 2, 2, 8), cu_seqlens=cu_seqlens, max_seqlen=4)
+        FlashCrossAttention()(q, kv, cu_seqlens=cu_seqlens, max_seqlen=4)
+    with pytest.raises(InvalidArgument, match=r"^cu_seqlens: got None"):
+        FlashCrossAttention()(q, kv, cu_seqlens_k=cu_seqlens, max_seqlen_k=4)
+    with pytest.raises(InvalidArgument, match=r"^max_seqlen: got None"):
+        FlashCrossAttention()(q, kv, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_k=4)
+    with pytest.raises(InvalidArgument, match=r"^max_seqlen: got None"):
+        MHA(EMBED, HEADS, rotary_emb_dim=8, rotary_emb_scale_base=4.0)(torch.randn(4, EMBED), cu_seqlens=cu_seqlens)

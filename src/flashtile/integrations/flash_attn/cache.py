@@ -16,6 +16,7 @@ from flashtile.integrations.flash_attn.translation import (
     may_read,
 )
 from flashtile.nn import kv_cache
+from flashtile.spec.options import describe
 
 DENSE_AXES = "[batch, seqlen_cache, heads_k, head_dim]"
 PAGED_AXES = "[num_blocks, page_block_size, heads_k, head_dim]"
@@ -46,30 +47,16 @@ class Cache:
         block_table: Any = None,
     ) -> Cache:
         """The caches as the caller passed them, for ``batch`` sequences of which each will get ``num_new`` keys."""
-        axes = DENSE_AXES if block_table is None else PAGED_AXES
-        check_pair("k_cache", k, "v_cache", v, axes)
-        per_sequence: dict[str, Any] = {"batch": batch, "device": k.device}
+        k, v = check_pair("k_cache", k, "v_cache", v, DENSE_AXES if block_table is None else PAGED_AXES)
+        of_batch: dict[str, Any] = {"batch": batch, "device": k.device}
         if block_table is not None:
-            check_per_sequence("block_table", block_table, **per_sequence, axes="[batch, blocks per sequence]")
+            check_per_sequence("block_table", block_table, **of_batch, axes="[batch, blocks per sequence]")
         for name, value in (("cache_batch_idx", batch_idx), ("cache_leftpad", leftpad)):
             if value is not None:
-                check_per_sequence(name, value, **per_sequence)
-        if block_table is not None and batch_idx is not None:
-            raise invalid(
-                "cache_batch_idx",
-                got="a tensor beside a block_table",
-                wanted="one of the two",
-                remedy="pass block_table[cache_batch_idx] as the block_table",
-            )
-        if block_table is None and batch_idx is None and k.shape[0] < batch:
-            raise invalid(
-                "k_cache",
-                got=f"{k.shape[0]} rows for {batch} sequences",
-                wanted="a row for each sequence",
-                remedy="allocate a larger cache; cache_batch_idx says which row belongs to which sequence",
-            )
-        capacity = k.shape[1] * (1 if block_table is None else block_table.shape[1])
-        length = capacity if seqlens is None else check_position("cache_seqlens", seqlens, **per_sequence)
+                check_per_sequence(name, value, **of_batch)
+        _check_rows(k, batch, batch_idx, block_table)
+        capacity = _capacity(k, block_table)
+        length = capacity if seqlens is None else check_position("cache_seqlens", seqlens, **of_batch)
         if not isinstance(length, Tensor):
             if length + num_new > capacity:
                 raise _no_room(str(seqlens), capacity, num_new)
@@ -82,7 +69,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """How many keys a sequence can have."""
-        return self.k.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
+        return _capacity(self.k, self.block_table)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Writes k and v [batch, num_new, heads_k, head_dim] behind each sequence's last key, in place."""
@@ -139,6 +126,41 @@ def check_pair(name_k: str, k: Any, name_v: str, v: Any, axes: str) -> tuple[Ten
             remedy=f"make {name_v} beside {name_k}, one value for each key",
         )
     return k, v
+
+
+def check_slopes(slopes: Any, *, batch: int, heads: int) -> None:
+    """Raises unless the slopes of ALiBi, if there are any, are a tensor with one for each head."""
+    if slopes is None:
+        return
+    if not isinstance(slopes, Tensor) or tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise invalid(
+            "alibi_slopes",
+            got=describe(slopes),
+            wanted=f"a floating-point tensor [heads] = [{heads}] or [batch, heads] = [{batch}, {heads}]",
+            remedy="pass one slope per query head",
+        )
+
+
+def _capacity(k: Tensor, block_table: Tensor | None) -> int:
+    return k.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def _check_rows(k: Tensor, batch: int, batch_idx: Tensor | None, block_table: Tensor | None) -> None:
+    """Raises unless it is clear which row of the cache, or which blocks, belong to each sequence."""
+    if block_table is not None and batch_idx is not None:
+        raise invalid(
+            "cache_batch_idx",
+            got="a tensor beside a block_table",
+            wanted="one of the two",
+            remedy="pass block_table[cache_batch_idx] as the block_table",
+        )
+    if block_table is None and batch_idx is None and k.shape[0] < batch:
+        raise invalid(
+            "k_cache",
+            got=f"{k.shape[0]} rows for {batch} sequences",
+            wanted="a row for each sequence",
+            remedy="allocate a larger cache; cache_batch_idx says which row belongs to which sequence",
+        )
 
 
 def _no_room(got: str, capacity: int, num_new: int) -> InvalidArgument:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from flashtile.errors import invalid
 from flashtile.functional import attention, attention_varlen, attention_varlen_with_lse, attention_with_lse
-from flashtile.integrations.flash_attn.cache import Cache
+from flashtile.integrations.flash_attn.cache import Cache, check_slopes
 from flashtile.integrations.flash_attn.kvcache import flash_attn_with_kvcache
 from flashtile.integrations.flash_attn.s_dmask import probabilities_with_signs
-from flashtile.integrations.flash_attn.translation import check_tensor, in_callers_words, options_of, parts_of
+from flashtile.integrations.flash_attn.translation import check_packed, check_tensor, in_callers_words, options_of
 from flashtile.nn.kv_cache import attention_over_cache
 from flashtile.spec.dropout import draw_seed
-from flashtile.spec.options import check_dropout_p, check_flag
+from flashtile.spec.options import check_count, check_dropout_p, check_flag
 
 __all__ = [
     "flash_attn_func",
@@ -119,7 +119,7 @@ def flash_attn_kvpacked_func(
         The rest is T.
     """
     options = options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    k, v = parts_of("kv", kv, axes="[batch, seqlen_k, 2, heads_k, head_dim]")
+    k, v = check_packed("kv", kv, "[batch, seqlen_k, 2, heads_k, head_dim]").unbind(-3)
     return _dense(q, k, v, options, return_attn_probs)
 
 
@@ -142,7 +142,7 @@ def flash_attn_qkvpacked_func(
         The rest is T.
     """
     options = options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    q, k, v = parts_of("qkv", qkv, axes="[batch, seqlen, 3, heads, head_dim]")
+    q, k, v = check_packed("qkv", qkv, "[batch, seqlen, 3, heads, head_dim]").unbind(-3)
     return _dense(q, k, v, options, return_attn_probs)
 
 
@@ -213,7 +213,7 @@ def flash_attn_varlen_kvpacked_func(
         The rest is as there.
     """
     options = options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    k, v = parts_of("kv", kv, axes="[total_k, 2, heads_k, head_dim]")
+    k, v = check_packed("kv", kv, "[total_k, 2, heads_k, head_dim]").unbind(-3)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _packed(q, k, v, packing, options, return_attn_probs)
 
@@ -241,7 +241,7 @@ def flash_attn_varlen_qkvpacked_func(
         The rest is as there.
     """
     options = options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    q, k, v = parts_of("qkv", qkv, axes="[total, 3, heads, head_dim]")
+    q, k, v = check_packed("qkv", qkv, "[total, 3, heads, head_dim]").unbind(-3)
     packing = _packing(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return _packed(q, k, v, packing, options, return_attn_probs)
 
@@ -396,7 +396,10 @@ def _paged(
         )
     for name in ("cu_seqlens_q", "cu_seqlens_kv"):
         check_tensor(name, packing[name], "[batch + 1]", dtypes=(torch.int32,))
+    check_count("max_seqlen_kv", packing["max_seqlen_kv"], minimum=0)
     lengths = packing["cu_seqlens_kv"].diff()
+    check_tensor("q", q, "[total_q, heads, head_dim]")
+    check_slopes(options["alibi_slopes"], batch=len(lengths), heads=q.shape[1])
     cache = Cache.checked(k, v, batch=len(lengths), num_new=0, seqlens=lengths, block_table=block_table)
     out, lse = attention_over_cache(
         q,

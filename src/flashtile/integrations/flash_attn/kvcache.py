@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtile.errors import invalid
-from flashtile.integrations.flash_attn.cache import Cache, check_pair
+from flashtile.integrations.flash_attn.cache import Cache, check_pair, check_slopes
 from flashtile.integrations.flash_attn.translation import check_tensor, in_callers_words, may_read, options_of
 from flashtile.nn.kv_cache import attention_over_cache
 from flashtile.nn.rotary import apply_rotary
@@ -116,7 +116,7 @@ def flash_attn_with_kvcache(
             **options,
         )
     out = out.unflatten(0, (batch, seqlen_q))
-    return (out, lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)) if return_softmax_lse else out
+    return (out, lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1).contiguous()) if return_softmax_lse else out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,15 +197,9 @@ def _check_belongs(k: Tensor | None, v: Tensor | None, cache: Cache) -> None:
 
 def _check_attention(q: Tensor, cache: Cache, options: dict[str, Any]) -> None:
     """Checks the call before anything is appended: shapes and options, on no sequences at all."""
-    slopes, (batch, _, heads, _) = options["alibi_slopes"], q.shape
-    if isinstance(slopes, Tensor) and tuple(slopes.shape) not in ((heads,), (batch, heads)):
-        raise invalid(
-            "alibi_slopes",
-            got=describe(slopes),
-            wanted=f"a floating-point tensor [heads] = [{heads}] or [batch, heads] = [{batch}, {heads}]",
-            remedy="pass one slope per query head",
-        )
-    if isinstance(slopes, Tensor) and slopes.dim() == 2:
+    slopes = options["alibi_slopes"]
+    check_slopes(slopes, batch=q.shape[0], heads=q.shape[2])
+    if slopes is not None and slopes.dim() == 2:
         options = options | {"alibi_slopes": slopes[:0]}
     others = {"bias": None, "mask": None, "sinks": None, "dropout_seed": None, "wants_lse": True}
     _check_call(q[:0], cache.k[:0], cache.v[:0], **options, **others)

@@ -96,19 +96,6 @@ def _is_reach(side: Any) -> bool:
     return isinstance(side, (int, torch.SymInt)) and not isinstance(side, bool) and -1 <= side < 2**63
 
 
-def parts_of(name: str, packed: Any, *, axes: str) -> tuple[Tensor, ...]:
-    """The views q, k, v of a qkv tensor, or k, v of a kv tensor, whose axes are ``axes``: one digit says how many."""
-    num_axes, num_parts = axes.count(",") + 1, next(int(letter) for letter in axes if letter.isdigit())
-    if check_tensor(name, packed, axes).shape[-3] != num_parts:
-        raise invalid(
-            name,
-            got=describe(packed),
-            wanted=f"a tensor {axes}",
-            remedy=f"torch.stack {num_parts} tensors along dim={num_axes - 3}",
-        )
-    return packed.unbind(-3)
-
-
 def check_tensor(name: str, value: Any, axes: str, *, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
     """``value`` if it is a tensor with as many axes as ``axes`` names, and one of the dtypes if there are any."""
     if not isinstance(value, Tensor):
@@ -123,6 +110,19 @@ def check_tensor(name: str, value: Any, axes: str, *, dtypes: tuple[torch.dtype,
         return value
     of = f"a {' or '.join(str(dtype) for dtype in dtypes)} tensor" if dtypes else "a tensor"
     raise invalid(name, got=got, wanted=f"{of} {axes}", remedy=remedy)
+
+
+def check_packed(name: str, value: Any, axes: str) -> Tensor:
+    """``value`` if it is a tensor of ``axes``, of which the last but two has the size that stands there."""
+    *_, num_parts, _, _ = axes.strip("[]").split(", ")
+    if check_tensor(name, value, axes).shape[-3] != int(num_parts):
+        raise invalid(
+            name,
+            got=describe(value),
+            wanted=f"a tensor {axes}",
+            remedy=f"torch.stack {num_parts} tensors along dim={value.dim() - 3}",
+        )
+    return value
 
 
 def check_per_sequence(name: str, value: Any, *, batch: int, device: torch.device, axes: str = "[batch]") -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashtile.errors import invalid
-from flashtile.integrations.flash_attn.translation import check_position, check_tensor, may_read
+from flashtile.integrations.flash_attn.translation import check_packed, check_position, check_tensor, may_read
 from flashtile.nn.padding import packed_positions
 from flashtile.nn.rotary import apply_rotary, rotary_cos_sin, xpos_decay
 from flashtile.spec.options import check_count, check_flag, describe
@@ -46,6 +46,8 @@ def apply_rotary_emb(
     """
     check_flag("interleaved", interleaved)
     check_flag("inplace", inplace)
+    if inplace:
+        _check_may_change("x", x)
     _check_tables(x, cos, sin, is_packed=cu_seqlens is not None)
     if cu_seqlens is None:
         batch, longest = x.shape[:2]
@@ -124,14 +126,13 @@ class RotaryEmbedding(torch.nn.Module):
         if kv is not None:
             check_tensor("qkv", qkv, "[batch, seqlen, heads, head_dim]")
             _check_may_change("kv", kv)
-            keys = _part_of("kv", kv, "[batch, seqlen_k, 2, heads_k, head_dim]", 0)
-            queries, result = qkv, (qkv, kv)
+            check_packed("kv", kv, "[batch, seqlen_k, 2, heads_k, head_dim]")
+            queries, keys = qkv, kv[:, :, 0]
         elif isinstance(qkv, Tensor) and qkv.dim() == 4:
             queries, keys = _split_heads(qkv, num_heads_q)
-            result = qkv
         else:
-            axes = "[batch, seqlen, 3, heads, head_dim]"
-            queries, keys, result = _part_of("qkv", qkv, axes, 0), _part_of("qkv", qkv, axes, 1), qkv
+            check_packed("qkv", qkv, "[batch, seqlen, 3, heads, head_dim]")
+            queries, keys = qkv[:, :, 0], qkv[:, :, 1]
         check_position("seqlen_offset", seqlen_offset, batch=qkv.shape[0], device=qkv.device)
         begin = seqlen_offset[:, None] if isinstance(seqlen_offset, Tensor) else seqlen_offset
         if max_seqlen is None:
@@ -139,7 +140,7 @@ class RotaryEmbedding(torch.nn.Module):
         for part, is_key in ((queries, False), (keys, True)):
             positions = torch.arange(part.shape[1], device=part.device) + begin
             part.copy_(self.turned(part, positions, is_key=is_key, max_seqlen=max_seqlen))
-        return result
+        return qkv if kv is None else (qkv, kv)
 
     def turned(self, x: Tensor, positions: Tensor, *, is_key: bool, max_seqlen: int) -> Tensor:
         """x [..., seqlen, heads, head_dim] at the positions [..., seqlen] or [seqlen] of its tokens; not in place."""
@@ -199,16 +200,6 @@ def _check_may_change(name: str, tensor: Any) -> None:
             wanted="a tensor that may be changed in place",
             remedy=f"pass {name}.clone()",
         )
-
-
-def _part_of(name: str, packed: Any, axes: str, index: int) -> Tensor:
-    check_tensor(name, packed, axes)
-    num_parts = int(axes.split(", ")[2])
-    if packed.shape[2] != num_parts:
-        raise invalid(
-            name, got=describe(packed), wanted=f"a tensor {axes}", remedy="check the order of its axes, and num_heads_q"
-        )
-    return packed[:, :, index]
 
 
 def _split_heads(qkv: Tensor, num_heads_q: Any) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,7 @@ class FlashCrossAttention(_Inner):
     ) -> None:
         super().__init__(causal, softmax_scale, attention_dropout, window_size, alibi_slopes, deterministic)
 
+    @in_callers_words({"cu_seqlens_q": "cu_seqlens", "max_seqlen_q": "max_seqlen"})
     def forward(
         self,
         q: Tensor,
@@ -300,6 +301,7 @@ class MHA(nn.Module):
             if cu_seqlens is None:
                 positions, max_seqlen = torch.arange(qkv.shape[1], device=qkv.device), qkv.shape[1]
             else:
+                check_count("max_seqlen", max_seqlen, minimum=0)
                 _, positions = packed_positions(cu_seqlens, num_tokens=qkv.shape[0])
             self._turn(qkv, positions, max_seqlen)
         if self.num_heads_kv == self.num_heads:
@@ -389,7 +391,8 @@ def _attend_masked(*tensors: Tensor, inner: _Inner, mask: Tensor) -> Tensor:
 
 
 def _check_divides(name: str, number: Any, of: str, total: int) -> None:
-    if check_count(name, number, minimum=1) and total % number != 0:
+    check_count(name, number, minimum=1)
+    if total % number != 0:
         raise invalid(
             name, got=f"{number} beside {of} = {total}", wanted=f"a divisor of {of}", remedy=f"change {name} or {of}"
         )

@@ -45,14 +45,14 @@ def formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def test_masks(visible: Expected, options: Callable[[int, int], dict[str, Any]], seqlen_q: int, seqlen_kv: int) -> None:
     q, (k, v) = torch.randn(2, seqlen_q, 3, 8), torch.randn(2, 2, seqlen_kv, 3, 8).unbind()
     bias = torch.where(visible(torch.arange(seqlen_q)[:, None], torch.arange(seqlen_kv)), 0.0, -torch.inf)
-    expected = formula(*(x.transpose(1, 2) for x in (q, k, v)), bias).transpose(1, 2)
+    expected = formula(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2)
     torch.testing.assert_close(flashtile.attention(q, k, v, **options(seqlen_q, seqlen_kv)), expected)
 
 
 def test_a_tensor_as_bias() -> None:
     q, k, v = torch.randn(3, 2, 6, 3, 8).unbind()
     bias = torch.randn(2, 3, 6, 6).masked_fill(torch.rand(2, 3, 6, 6) < 0.3, -torch.inf)
-    expected = formula(*(x.transpose(1, 2) for x in (q, k, v)), bias).transpose(1, 2)
+    expected = formula(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2)
     torch.testing.assert_close(flashtile.attention(q, k, v, bias=bias), expected)
     hides = torch.where(bias.isfinite(), 0.0, bias)
     expected = flashtile.attention(q, k, v, bias=hides)
@@ -65,7 +65,8 @@ def test_one_head_and_groups_of_heads() -> None:
     torch.testing.assert_close(found, formula(q, k, v, torch.zeros(())))
 
     q, (k, v) = torch.randn(2, 6, 3, 4, 8), torch.randn(2, 2, 6, 3, 1, 8).expand(2, 2, 6, 3, 4, 8).unbind()
-    expected = formula(*(x.permute(0, 2, 3, 1, 4) for x in (q, k, v)), torch.zeros(())).permute(0, 3, 1, 2, 4)
+    q_last, k_last, v_last = (x.permute(0, 2, 3, 1, 4) for x in (q, k, v))  # [batch, groups, heads, seqlen, head_dim]
+    expected = formula(q_last, k_last, v_last, torch.zeros(())).permute(0, 3, 1, 2, 4)
     found = flashtile.attention(q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0])
     torch.testing.assert_close(found.unflatten(2, (3, 4)), expected)
 

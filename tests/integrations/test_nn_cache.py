@@ -66,6 +66,15 @@ def test_sequences_that_have_ended_are_left_alone() -> None:
     assert not step[1].any()
 
 
+def test_values_of_their_own() -> None:
+    module = multihead_of({"causal": True, "d_value": 12})
+    x, value = (torch.randn(2, 5, width, dtype=torch.float64) for width in (D_MODEL, 12))
+    cache = module.new_cache(2, 5)
+    with torch.inference_mode():
+        out = torch.cat([module(x[:, rows], None, value[:, rows], cache=cache) for rows in (slice(3), slice(3, 5))], 1)
+    torch.testing.assert_close(out, module(x, x, value))
+
+
 def test_without_causality_a_prompt_sees_itself_whole() -> None:
     module, x = multihead_of({}), torch.randn(2, 5, D_MODEL, dtype=torch.float64)
     out = generated(module, x, (4, 1), cache=module.new_cache(2, 5))

@@ -135,8 +135,9 @@ def test_packing_of_no_sequences() -> None:
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 3), torch.ones(3, dtype=torch.bool)])
 def test_packing_refuses_other_masks(mask: torch.Tensor) -> None:
-    with pytest.raises(InvalidArgument, match=r"^mask: "):
-        Packing.of(mask)
+    for packed in (Packing.of, Packing.without_reading):
+        with pytest.raises(InvalidArgument, match=r"^mask: "):
+            packed(mask)
 
 
 @given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=5), spare=st.integers(0, 3))

@@ -15,6 +15,8 @@ from flashtile.spec.options import check_flag, check_mask_spec
 
 
 class _SelfAttention(ProjectedAttention):
+    """The arguments that FlashAttention explains."""
+
     def __init__(
         self,
         d_model: int,

@@ -2,8 +2,8 @@
 
 A cache is dense, [batch, capacity, heads_kv, head_dim], or paged: [num_pages, page_size, heads_kv, head_dim] with a
 ``page_table`` [batch, pages per sequence] int32, whose entry i names the page of keys i * page_size and following.
-Lengths stay on the device: nothing here reads a tensor on the host. Keys beyond a sequence's length are never read, so
-new buffers may come from ``torch.empty``.
+Lengths stay on the device, and the functions read no tensor on the host. Keys beyond a sequence's length are never
+read, so new buffers may come from ``torch.empty``. ``KVCache`` is a dense one with its lengths.
 """
 
 from __future__ import annotations

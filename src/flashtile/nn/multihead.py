@@ -108,14 +108,15 @@ class MultiheadAttention(ProjectedAttention):
 
         Args:
             query: [batch, seqlen_q, d_model], in the parameters' dtype unless torch.autocast is on.
-            key: [batch, seqlen_kv, d_key]; None, or the query itself, for self-attention.
+            key: [batch, seqlen_kv, d_key]; None, or the very same tensor as the query, is self-attention.
             value: [batch, seqlen_kv, d_value]; None is the key.
             pad_mask: [batch, seqlen_q] boolean, True = a token; padding may be on either side and in between. Or the
                 mask's ``Packing``, made once for all layers: making one from a mask on a GPU waits for the mask.
                 In compiled code, which cannot wait, the projections compute the padding too, and attention does not.
-            pad_mask_kv: the same for key and value, [batch, seqlen_kv].
-            cache: of this layer, from ``new_cache``. Keys and values of the query's tokens are appended to it, and
-                every query sees what is in it, as causal and window allow. Needs torch.no_grad() or inference_mode().
+            pad_mask_kv: the same for key and value, [batch, seqlen_kv]; in self-attention pad_mask serves them too.
+            cache: of this layer, from ``new_cache``, for self-attention. Keys and values of the tokens are appended to
+                it, and every query sees what is in it, as causal and window allow. Needs torch.no_grad() or
+                inference_mode().
 
         Returns:
             Like query. Each sequence gives what it gives without its padding; padded positions are 0, and so are their
@@ -123,45 +124,32 @@ class MultiheadAttention(ProjectedAttention):
 
         Raises:
             InvalidArgument: a wrong argument, or one that does not go with the others; a cache that is full.
-            UnsupportedProblem: rotary embedding with a key.
+            UnsupportedProblem: rotary embedding or a cache with a key that is not the query.
         """
-        is_self = key is None or (key is query and (value is None or value is query))
-        self._check_together(is_self, key, value, pad_mask_kv)
         key = query if key is None else key
         value = key if value is None else value
+        is_self = key is query
         self._check_inputs(query, key, value)
+        self._check_together(is_self, pad_mask_kv, cache)
         if cache is not None:
-            self._check_cache(cache, query, is_self)
-            return self._attend_cached(query, pad_mask, cache)
+            self._check_cache(cache, query)
+            return self._attend_cached(query, value, pad_mask, cache)
         if pad_mask is None and pad_mask_kv is None:
             return self._attend_dense(query, key, value)
         rows = _packing("pad_mask", pad_mask, query)
         rows_kv = rows if is_self else _packing("pad_mask_kv", pad_mask_kv, key)
         return self._attend_packed(query, key, value, rows, rows_kv)
 
-    def _attend_cached(self, query: Tensor, pad_mask: Tensor | Packing | None, cache: KVCache) -> Tensor:
+    def _attend_cached(self, query: Tensor, value: Tensor, pad_mask: Tensor | Packing | None, cache: KVCache) -> Tensor:
+        """The query is also the key."""
         rows = _packing("pad_mask", pad_mask, query)
         tokens = rows.pack(query)
-        q, k, v = self._project(tokens, tokens, tokens)
+        q, k, v = self._project(tokens, tokens, tokens if value is query else rows.pack(value))
         if self.rotary is not None:
             _, positions = cache.next_positions(rows)
             q, k = self.rotary.turn(q, k, positions)
         cache.append(k, v, packing=rows)
         return rows.unpack(self._joined(cache.attend(q, packing=rows, **self._options())))
-
-    def _check_together(self, is_self: bool, key: Any, value: Any, pad_mask_kv: Any) -> None:
-        """Raises unless what was passed for the keys goes together."""
-        if key is None and value is not None:
-            raise invalid("value", got=describe(value), wanted="None, as the key is", remedy="pass the key as well")
-        if is_self and pad_mask_kv is not None:
-            raise invalid(
-                "pad_mask_kv",
-                got=describe(pad_mask_kv),
-                wanted="None in self-attention",
-                remedy="pass it as pad_mask, which serves queries and keys",
-            )
-        if self.rotary is not None and not is_self:
-            raise UnsupportedProblem("rotary turns positions of one sequence: it excludes a key of its own.", {})
 
     def _check_inputs(self, query: Any, key: Any, value: Any) -> None:
         self._check_input("query", query, self.d_model)
@@ -182,7 +170,21 @@ class MultiheadAttention(ProjectedAttention):
                 remedy="pass one value for each key",
             )
 
-    def _check_cache(self, cache: Any, query: Tensor, is_self: bool) -> None:
+    def _check_together(self, is_self: bool, pad_mask_kv: Any, cache: Any) -> None:
+        """Raises if something was passed that self-attention has not, or that it alone has."""
+        if is_self and pad_mask_kv is not None:
+            raise invalid(
+                "pad_mask_kv",
+                got=describe(pad_mask_kv),
+                wanted="None in self-attention",
+                remedy="pass it as pad_mask, which serves queries and keys",
+            )
+        if self.rotary is not None and not is_self:
+            raise UnsupportedProblem("rotary turns positions of one sequence: it excludes a key of its own.", {})
+        if cache is not None and not is_self:
+            raise UnsupportedProblem("cache holds keys of the query's own sequence: it excludes a key of its own.", {})
+
+    def _check_cache(self, cache: Any, query: Tensor) -> None:
         if not isinstance(cache, KVCache) or cache.batch != query.shape[0]:
             raise invalid(
                 "cache",
@@ -190,8 +192,6 @@ class MultiheadAttention(ProjectedAttention):
                 wanted=f"a KVCache of {query.shape[0]} sequences, the batch of the query",
                 remedy="make it with new_cache(batch, capacity); cache.reorder(rows) changes how many it holds",
             )
-        if not is_self:
-            raise UnsupportedProblem("cache holds keys of the query's own sequence: it excludes a key of its own.", {})
         if torch.is_grad_enabled() and (query.requires_grad or self.k_proj.weight.requires_grad):
             raise invalid(
                 "cache",

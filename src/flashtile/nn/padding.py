@@ -17,7 +17,7 @@ class Packing:
 
     Example:
         >>> import torch, flashtile
-        >>> from flashtile.nn.padding import Packing
+        >>> from flashtile.nn import Packing
         >>> x = torch.randn(2, 5, 3, 4, 16)  # [batch, seqlen, q k v, heads, head_dim]
         >>> packing = Packing.of(torch.arange(5) < torch.tensor([[3], [5]]))
         >>> q, k, v = packing.pack(x).unbind(1)
@@ -43,14 +43,7 @@ class Packing:
         Reads two numbers on the host, how many tokens there are and how long the longest sequence is, so on a GPU it
         waits for the mask. Make one packing per batch, not one per layer.
         """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-            raise invalid(
-                "mask",
-                got=describe(mask),
-                wanted="a boolean tensor [batch, seqlen], True = a token",
-                remedy="compare with something, for example input_ids != pad_token_id",
-            )
-        batch, seqlen = mask.shape
+        batch, seqlen = _check_mask(mask)
         lengths = mask.sum(dim=1, dtype=torch.int32)
         return cls(
             indices=mask.flatten().nonzero().squeeze(1),
@@ -62,12 +55,12 @@ class Packing:
 
     @classmethod
     def without_reading(cls, mask: Tensor) -> Packing:
-        """``of``, but nothing is read on the host: for compiled code and CUDA graphs. ``mask`` must be a right one.
+        """``of``, but nothing is read on the host: for compiled code and CUDA graphs.
 
         All ``batch * seqlen`` rows are kept, the padding behind the tokens. Attention skips it; what works row by row,
         as projections do, computes it.
         """
-        batch, seqlen = mask.shape
+        batch, seqlen = _check_mask(mask)
         tokens_first = mask.flatten().byte().argsort(descending=True, stable=True)
         return cls(
             indices=tokens_first,
@@ -158,6 +151,18 @@ def packing_of(name: str, pad_mask: Tensor | Packing, x: Tensor) -> Packing:
         )
     may_read = not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     return Packing.of(pad_mask) if may_read else Packing.without_reading(pad_mask)
+
+
+def _check_mask(mask: Tensor) -> torch.Size:
+    """The shape of what must be a boolean mask [batch, seqlen]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+        raise invalid(
+            "mask",
+            got=describe(mask),
+            wanted="a boolean tensor [batch, seqlen], True = a token",
+            remedy="compare with something, for example input_ids != pad_token_id",
+        )
+    return mask.shape
 
 
 def _cu_seqlens(lengths: Tensor) -> Tensor:

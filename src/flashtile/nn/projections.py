@@ -152,7 +152,7 @@ class ProjectedAttention(nn.Module):
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, rows: Packing, rows_kv: Packing) -> Tensor:
         """``_attend_dense`` for padded batches; everything but packing and unpacking sees tokens alone."""
         tokens = rows.pack(query)
-        keys = tokens if key is query else rows_kv.pack(key)
+        keys = tokens if key is query else rows_kv.pack(key)  # then rows_kv is rows
         q, k, v = self._project(tokens, keys, keys if value is key else rows_kv.pack(value))
         if self.rotary is not None:
             _, positions = packed_positions(rows.cu_seqlens, num_tokens=len(q))

@@ -46,9 +46,8 @@ class Rotary:
     def turn(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys [..., seqlen, heads, head_dim] at ``positions`` [..., seqlen], turned."""
         cos, sin = rotary_cos_sin(positions, self.dim or q.shape[-1], base=self.base)
-        return apply_rotary(q, cos, sin, interleaved=self.interleaved), apply_rotary(
-            k, cos, sin, interleaved=self.interleaved
-        )
+        turned_q = apply_rotary(q, cos, sin, interleaved=self.interleaved)
+        return turned_q, apply_rotary(k, cos, sin, interleaved=self.interleaved)
 
 
 def rotary_cos_sin(positions: Tensor, rotary_dim: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:

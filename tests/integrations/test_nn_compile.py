@@ -74,14 +74,16 @@ def test_the_naive_module_compiles_whole() -> None:
     torch.testing.assert_close(compiled(module)(x, mask), module(x, mask))
 
 
-def test_other_lengths_and_masks_compile_once_more_at_most() -> None:
+@pytest.mark.parametrize("as_packing", [False, True])
+def test_other_lengths_and_masks_compile_twice_more_at_most(as_packing: bool) -> None:
     module = FlashAttention(D_MODEL, N_HEAD, causal=True)
     torch._dynamo.utils.counters.clear()
     run = compiled(module)
-    for seqlen in (5, 6, 7, 11):
+    for seqlen in (5, 6, 7, 11, 16, 3):
         x, mask = torch.randn(2, seqlen, D_MODEL), torch.rand(2, seqlen) < 0.6
-        torch.testing.assert_close(run(x, mask), module(x, mask), rtol=1e-5, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        pad_mask = Packing.of(mask) if as_packing else mask
+        torch.testing.assert_close(run(x, pad_mask), module(x, mask), rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def test_generation_compiles_whole() -> None:
@@ -100,11 +102,13 @@ def test_generation_compiles_whole() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
-def test_export() -> None:
-    module, mask = FlashAttention(D_MODEL, N_HEAD, causal=True), mask_of(MASKS["left"])
-    x = torch.randn(4, SEQLEN, D_MODEL)
-    program = torch.export.export(module, (x, mask))
-    torch.testing.assert_close(program.module()(x, ~mask), module(x, ~mask))
+def test_export_for_any_batch_and_length() -> None:
+    module = FlashAttention(D_MODEL, N_HEAD, causal=True)
+    axes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("seqlen", min=2, max=4096)}
+    example = (torch.randn(4, SEQLEN, D_MODEL), mask_of(MASKS["left"]))
+    program = torch.export.export(module, example, dynamic_shapes=(axes, axes))
+    x, mask = torch.randn(3, 12, D_MODEL), torch.rand(3, 12) < 0.6
+    torch.testing.assert_close(program.module()(x, mask), module(x, mask))
 
 
 def test_errors_in_compiled_code_name_the_argument() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from nn_cases import (
     with_gradients,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from flashtile import InvalidArgument, UnsupportedProblem
 from flashtile.nn import KVCache, MultiheadAttention, Packing, Rotary
@@ -113,6 +115,15 @@ def test_dropout_acts_while_training_only(pad_mask: Tensor | None) -> None:
     assert not torch.allclose(dropped, expected)
     torch.manual_seed(4)
     assert torch.equal(module(x, pad_mask=pad_mask), dropped)
+
+
+def test_activation_checkpointing_drops_what_the_forward_dropped() -> None:
+    module, x, mask = multihead_of({"dropout_p": 0.3}), inputs_of(mask_of(MASKS["left"])), mask_of(MASKS["left"])
+    gradients = []
+    for run in (module, partial(checkpoint, module, use_reentrant=False)):
+        torch.manual_seed(4)
+        gradients.append(torch.autograd.grad(run(x, pad_mask=mask).square().sum(), x))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -98,6 +98,35 @@ def test_packing_and_unpacking(rows: list[list[bool]]) -> None:
     assert torch.equal(gradient, weights.masked_fill(~mask[..., None, None], 0.0))
 
 
+@given(rows=MASKS)
+def test_packing_without_reading(rows: list[list[bool]]) -> None:
+    """The same tokens first, zeros behind them, whatever lies there."""
+    mask = torch.tensor(rows)
+    x = torch.randn(*mask.shape, 2).masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    packing, exact = Packing.without_reading(mask), Packing.of(mask)
+    packed, num_tokens = packing.pack(x), len(exact.indices)
+    assert torch.equal(packed[:num_tokens], exact.pack(x)) and not packed[num_tokens:].any()
+    assert torch.equal(packing.cu_seqlens, exact.cu_seqlens) and packing.max_seqlen >= exact.max_seqlen
+    garbage = torch.where(torch.arange(len(packed))[:, None] < num_tokens, packed, torch.nan)
+    assert torch.equal(packing.unpack(garbage), x.masked_fill(~mask[..., None], 0.0))
+    (gradient,) = torch.autograd.grad(packed, x, torch.full_like(packed, 2.0))
+    assert torch.equal(gradient, mask[..., None] * torch.full_like(x, 2.0))
+
+
+@given(rows=MASKS)
+def test_a_packing_knows_its_mask(rows: list[list[bool]]) -> None:
+    mask = torch.tensor(rows)
+    for packing in (Packing.of(mask), Packing.without_reading(mask)):
+        assert torch.equal(packing.mask, mask)
+
+
+@pytest.mark.parametrize(("batch", "seqlen"), [(3, 4), (0, 4), (2, 0)])
+def test_packing_of_a_full_batch(batch: int, seqlen: int) -> None:
+    full, same = Packing.full(batch, seqlen), Packing.of(torch.ones(batch, seqlen, dtype=torch.bool))
+    assert torch.equal(full.indices, same.indices) and torch.equal(full.cu_seqlens, same.cu_seqlens)
+    assert (full.batch, full.seqlen) == (batch, seqlen) and full.cu_seqlens.dtype == torch.int32
+
+
 def test_packing_of_no_sequences() -> None:
     packing = Packing.of(torch.ones(0, 4, dtype=torch.bool))
     assert packing.unpack(packing.pack(torch.randn(0, 4, 3))).shape == (0, 4, 3)
@@ -106,8 +135,9 @@ def test_packing_of_no_sequences() -> None:
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 3), torch.ones(3, dtype=torch.bool)])
 def test_packing_refuses_other_masks(mask: torch.Tensor) -> None:
-    with pytest.raises(InvalidArgument, match=r"^mask: "):
-        Packing.of(mask)
+    for packed in (Packing.of, Packing.without_reading):
+        with pytest.raises(InvalidArgument, match=r"^mask: "):
+            packed(mask)
 
 
 @given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=5), spare=st.integers(0, 3))

@@ -17,7 +17,7 @@ class Packing:
 
     Example:
         >>> import torch, flashtile
-        >>> from flashtile.nn.padding import Packing
+        >>> from flashtile.nn import Packing
         >>> x = torch.randn(2, 5, 3, 4, 16)  # [batch, seqlen, q k v, heads, head_dim]
         >>> packing = Packing.of(torch.arange(5) < torch.tensor([[3], [5]]))
         >>> q, k, v = packing.pack(x).unbind(1)
@@ -31,6 +31,7 @@ class Packing:
     max_seqlen: int
     batch: int
     seqlen: int
+    has_spare_rows: bool = False  # then rows from cu_seqlens[-1] on are padding
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing:
@@ -42,22 +43,49 @@ class Packing:
         Reads two numbers on the host, how many tokens there are and how long the longest sequence is, so on a GPU it
         waits for the mask. Make one packing per batch, not one per layer.
         """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-            raise invalid(
-                "mask",
-                got=describe(mask),
-                wanted="a boolean tensor [batch, seqlen], True = a token",
-                remedy="compare with something, for example input_ids != pad_token_id",
-            )
-        batch, seqlen = mask.shape
+        batch, seqlen = _check_mask(mask)
         lengths = mask.sum(dim=1, dtype=torch.int32)
         return cls(
             indices=mask.flatten().nonzero().squeeze(1),
-            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            cu_seqlens=_cu_seqlens(lengths),
             max_seqlen=int(lengths.max()) if batch > 0 else 0,
             batch=batch,
             seqlen=seqlen,
         )
+
+    @classmethod
+    def without_reading(cls, mask: Tensor) -> Packing:
+        """``of``, but nothing is read on the host: for compiled code and CUDA graphs.
+
+        All ``batch * seqlen`` rows are kept, the padding behind the tokens. Attention skips it; what works row by row,
+        as projections do, computes it.
+        """
+        batch, seqlen = _check_mask(mask)
+        tokens_first = mask.flatten().byte().argsort(descending=True, stable=True)
+        return cls(
+            indices=tokens_first,
+            cu_seqlens=_cu_seqlens(mask.sum(dim=1, dtype=torch.int32)),
+            max_seqlen=seqlen,
+            batch=batch,
+            seqlen=seqlen,
+            has_spare_rows=True,
+        )
+
+    @classmethod
+    def full(cls, batch: int, seqlen: int, *, device: torch.device | str | None = None) -> Packing:
+        """The packing of a batch without padding."""
+        return cls(
+            indices=torch.arange(batch * seqlen, device=device),
+            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen,
+            max_seqlen=seqlen,
+            batch=batch,
+            seqlen=seqlen,
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """[batch, seqlen] boolean, True = a token."""
+        return self.unpack(torch.ones_like(self.indices, dtype=torch.bool))
 
     @property
     def for_self_attention(self) -> dict[str, Tensor | int]:
@@ -70,12 +98,76 @@ class Packing:
         }
 
     def pack(self, padded: Tensor) -> Tensor:
-        """[batch, seqlen, ...] -> [tokens, ...]; differentiable."""
-        return padded.flatten(0, 1).index_select(0, self.indices)
+        """[batch, seqlen, ...] -> [tokens, ...], 0 in spare rows; differentiable."""
+        return self._without_spare(padded.flatten(0, 1).index_select(0, self.indices))
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[tokens, ...] -> [batch, seqlen, ...], 0 where there is no token; differentiable."""
-        return spread(packed, self.indices, batch=self.batch, seqlen=self.seqlen)
+        return spread(self._without_spare(packed), self.indices, batch=self.batch, seqlen=self.seqlen)
+
+    def _without_spare(self, packed: Tensor) -> Tensor:
+        """``packed`` [tokens, ...] with 0 in its spare rows, whatever they held, NaN too."""
+        if not self.has_spare_rows:
+            return packed
+        is_spare = torch.arange(packed.shape[0], device=packed.device) >= self.cu_seqlens[-1]
+        return packed.masked_fill(is_spare.view(-1, *(1,) * (packed.dim() - 1)), 0)
+
+
+def packing_of(name: str, pad_mask: Tensor | Packing, x: Tensor) -> Packing:
+    """The packing of x [batch, seqlen, ...] by what the caller passed as its padding mask, the argument ``name``.
+
+    Args:
+        pad_mask: boolean [batch, seqlen], True = a token, or its packing.
+
+    Raises:
+        InvalidArgument: a mask of another kind or of another batch.
+
+    Reads the mask on the host, as ``Packing.of`` does, unless torch compiles, exports or captures a CUDA graph.
+    """
+    expected = tuple(x.shape[:2])
+    if isinstance(pad_mask, Packing):
+        if (pad_mask.batch, pad_mask.seqlen) != expected:
+            raise invalid(
+                name,
+                got=f"the packing of a batch [{pad_mask.batch}, {pad_mask.seqlen}]",
+                wanted=f"[batch, seqlen] = {list(expected)}",
+                remedy="make one packing per batch, from its own mask",
+            )
+        return pad_mask
+    if not isinstance(pad_mask, Tensor) or pad_mask.dtype != torch.bool or tuple(pad_mask.shape) != expected:
+        raise invalid(
+            name,
+            got=describe(pad_mask),
+            wanted=f"a torch.bool tensor [batch, seqlen] = {list(expected)}, True = a token, False = padding",
+            remedy="compare with something: input_ids != pad_token_id, attention_mask == 1 for one of 1 and 0, "
+            "additive_mask == 0 for one of 0 and -inf, ~key_padding_mask for torch's, where True = padding",
+        )
+    if pad_mask.device != x.device:
+        raise invalid(
+            name,
+            got=f"a tensor on {pad_mask.device}",
+            wanted=f"the device of the input, {x.device}",
+            remedy=f"pass {name}.to({str(x.device)!r})",
+        )
+    may_read = not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return Packing.of(pad_mask) if may_read else Packing.without_reading(pad_mask)
+
+
+def _check_mask(mask: Tensor) -> torch.Size:
+    """The shape of what must be a boolean mask [batch, seqlen]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+        raise invalid(
+            "mask",
+            got=describe(mask),
+            wanted="a boolean tensor [batch, seqlen], True = a token",
+            remedy="compare with something, for example input_ids != pad_token_id",
+        )
+    return mask.shape
+
+
+def _cu_seqlens(lengths: Tensor) -> Tensor:
+    """[batch] int32 -> [batch + 1] int32."""
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def spread(packed: Tensor, indices: Tensor, *, batch: int, seqlen: int) -> Tensor:

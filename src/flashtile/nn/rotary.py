@@ -6,11 +6,48 @@ al. 2022, "A Length-Extrapolatable Transformer", algorithm 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from flashtile.errors import invalid
-from flashtile.spec.options import check_count
+from flashtile.spec.options import check_count, check_flag, describe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotary:
+    """The rotary embedding of an attention module; it has no tables, so sequences may be of any length.
+
+    Args:
+        dim: how many coordinates of each head turn, an even number; None for all.
+        base: larger bases turn more slowly.
+        interleaved: pairs are coordinates (0, 1), (2, 3), ...; otherwise (0, dim / 2), (1, dim / 2 + 1), ...
+
+    Raises:
+        InvalidArgument: an odd or non-positive ``dim``, a ``base`` that is not positive.
+
+    Example:
+        >>> from flashtile.nn import MultiheadAttention, Rotary
+        >>> attention = MultiheadAttention(512, 8, causal=True, rotary=Rotary(base=500000.0))
+    """
+
+    dim: int | None = None
+    base: float = 10000.0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim is not None:
+            _check_rotary_dim("dim", self.dim)
+        if not isinstance(self.base, (int, float)) or not self.base > 0:
+            raise invalid("base", got=describe(self.base), wanted="a positive number", remedy="leave it out for 10000")
+        check_flag("interleaved", self.interleaved)
+
+    def turn(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [..., seqlen, heads, head_dim] at ``positions`` [..., seqlen], turned."""
+        cos, sin = rotary_cos_sin(positions, self.dim or q.shape[-1], base=self.base)
+        turned_q = apply_rotary(q, cos, sin, interleaved=self.interleaved)
+        return turned_q, apply_rotary(k, cos, sin, interleaved=self.interleaved)
 
 
 def rotary_cos_sin(positions: Tensor, rotary_dim: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -34,7 +71,7 @@ def rotary_cos_sin(positions: Tensor, rotary_dim: int, *, base: float = 10000.0)
         >>> cos.shape
         torch.Size([128, 32])
     """
-    _check_rotary_dim(rotary_dim)
+    _check_rotary_dim("rotary_dim", rotary_dim)
     inverse_frequencies = base ** -_fractions(rotary_dim, positions.device)
     angles = positions[..., None].to(torch.float32) * inverse_frequencies
     return angles.cos(), angles.sin()
@@ -60,7 +97,7 @@ def xpos_decay(positions: Tensor, rotary_dim: int, *, scale_base: float) -> Tens
         >>> xpos_decay(torch.zeros(1), 4, scale_base=512.0).tolist()
         [[1.0, 1.0]]
     """
-    _check_rotary_dim(rotary_dim)
+    _check_rotary_dim("rotary_dim", rotary_dim)
     per_step = (_fractions(rotary_dim, positions.device) + 0.4) / 1.4
     return per_step ** (positions[..., None].to(torch.float32) / scale_base)
 
@@ -118,8 +155,6 @@ def _fractions(rotary_dim: int, device: torch.device) -> Tensor:
     return torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
 
 
-def _check_rotary_dim(rotary_dim: int) -> None:
-    if check_count("rotary_dim", rotary_dim, minimum=2) % 2:
-        raise invalid(
-            "rotary_dim", got=str(rotary_dim), wanted="an even number", remedy="coordinates turn in pairs; drop one"
-        )
+def _check_rotary_dim(name: str, rotary_dim: int) -> None:
+    if check_count(name, rotary_dim, minimum=2) % 2:
+        raise invalid(name, got=str(rotary_dim), wanted="an even number", remedy="coordinates turn in pairs; drop one")

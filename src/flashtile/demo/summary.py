@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from flashtile.backends.base import Plan
-from flashtile.demo.machine import human_bytes
 from flashtile.demo.results import Comparison, LossDifference, RunResult
 from flashtile.demo.training import TrainingSettings
+from flashtile.report.page import Headline
+from flashtile.spec.units import in_decimal_bytes
 
 NOTHING = "–"
 
@@ -41,15 +42,6 @@ class Row:
     """What flashtile is in comparison; empty where there is nothing to compare."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Headline:
-    """One number at the top of the page."""
-
-    value: str
-    label: str
-    detail: str
-
-
 def table(comparison: Comparison) -> list[Row]:
     """Both runs side by side; a dash where a run has no such number."""
     return [
@@ -70,7 +62,7 @@ def table(comparison: Comparison) -> list[Row]:
             ("faster", "slower"),
         ),
         _row("attention's share of a step", comparison, lambda run: run.attention_share, "{:.0%}".format, None),
-        _row("peak memory of a step", comparison, lambda run: run.peak_bytes, human_bytes, ("less", "more")),
+        _row("peak memory of a step", comparison, lambda run: run.peak_bytes, in_decimal_bytes, ("less", "more")),
         _row("loss at the last step", comparison, lambda run: run.final_loss, "{:.4f}".format, None),
         _row("validation loss", comparison, lambda run: run.validation_loss, "{:.4f}".format, None),
     ]
@@ -104,7 +96,8 @@ def headlines(comparison: Comparison) -> list[Headline]:
             Headline(
                 value=factor(naive.peak_bytes, flashtile.peak_bytes, ("less", "more")),
                 label="peak memory of a step",
-                detail=f"{human_bytes(naive.peak_bytes)} naive, {human_bytes(flashtile.peak_bytes)} flashtile",
+                detail=f"{in_decimal_bytes(naive.peak_bytes)} naive, "
+                f"{in_decimal_bytes(flashtile.peak_bytes)} flashtile",
             )
         )
     return chosen

@@ -1,0 +1,1 @@
+"""One self-contained HTML page from results files; needs the packages of the ``bench`` extra."""

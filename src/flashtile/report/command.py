@@ -1,0 +1,72 @@
+"""``flashtile report``: results files in, one HTML page out."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashtile.bench import results
+from flashtile.bench.files import write_whole
+from flashtile.errors import require
+from flashtile.report import output, page
+from flashtile.report.kernels import section as kernels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``flashtile report``."""
+    parser.description = (
+        "Writes one HTML page, whole in itself, from results files of 'flashtile bench': a summary, charts, tables "
+        "that sort, and where every figure comes from. Several files become several sections."
+    )
+    parser.epilog = "example: flashtile report out/bench_kernels_cpu.json -o report.html"
+    parser.add_argument("files", nargs="+", type=Path, metavar="RESULTS.json", help="what 'flashtile bench' wrote")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html; an earlier page of flashtile's is replaced, any other file is not",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the page.
+
+    Returns:
+        0.
+
+    Raises:
+        InvalidArgument: a file is not one of ours, or the page cannot be written; nothing is written then.
+        MissingExtra: matplotlib or jinja2 is not installed.
+    """
+    require("matplotlib", "jinja2", extra="bench")
+    output.check("--out", args.out)
+    write_whole(args.out, document(args.files))
+    print(f"Report: {args.out.resolve()}")
+    return 0
+
+
+def document(paths: Sequence[Path]) -> str:
+    """The page of some results files.
+
+    Args:
+        paths: the files; one that is named twice counts once.
+
+    Raises:
+        InvalidResults: a file cannot be read, is none of ours, or is newer; the text names it.
+        MissingExtra: matplotlib or jinja2 is not installed.
+    """
+    unique = list({path.resolve(): path for path in paths}.values())
+    found = [(name, results.load(path)) for name, path in zip(_names(unique), unique, strict=True)]
+    found.sort(key=lambda item: item[1].environment.device == "cpu")  # GPUs first, otherwise as they were named
+    sections = [kernels.section(name, f"kernels-{number}", of) for number, (name, of) in enumerate(found, 1)]
+    return page.render("report/report.html", sections=sections, explanation="")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What the page calls each file: its name; where two have the same, the path as it was given."""
+    counts = Counter(path.name for path in paths)
+    return [path.name if counts[path.name] == 1 else str(path) for path in paths]

@@ -4,13 +4,14 @@
 #   make check   ruff, pyright, import-linter and the size report
 #   make bench   times the kernels on this machine beside their peers
 #   make performance   writes docs/performance.md from the results under benchmarks/results/
+#   make explanation   writes docs/how_it_works.md from the text and the numbers in src/flashtile/report/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum pyproject.toml requirements-dev.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench performance format clean
+.PHONY: demo test check bench performance explanation format clean
 
 demo: $(READY)
 	$(BIN)/flashtile demo $(ARGS)
@@ -30,6 +31,9 @@ bench: $(READY)
 
 performance: $(READY)
 	$(BIN)/python scripts/performance_page.py
+
+explanation: $(READY)
+	$(BIN)/python scripts/explanation_page.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,1 +1,1 @@
-"""One self-contained HTML page from results files; needs the packages of the ``bench`` extra."""
+"""``flashtile report``: one HTML page of measured results, and of how the algorithm works."""

@@ -287,7 +287,7 @@ def _set_scale(axes: Axes, name: Literal["x", "y"], wanted: Axis) -> None:
     if wanted.is_log:
         axes.set(**{f"{name}scale": "log"})
         low, high = axis.get_data_interval()
-        if 0 < low and high < 100 * low:  # powers of ten alone would leave one tick or none
+        if low > 0 and high < 100 * low:  # powers of ten alone would leave one tick or none
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     if wanted.ticks is not None:
         axis.set_ticks(list(wanted.ticks))

@@ -10,7 +10,7 @@ from pathlib import Path
 from flashtile.bench import results
 from flashtile.bench.files import write_whole
 from flashtile.errors import require
-from flashtile.report import output, page
+from flashtile.report import explanation, output, page
 from flashtile.report.kernels import section as kernels
 
 
@@ -18,10 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of ``flashtile report``."""
     parser.description = (
         "Writes one HTML page, whole in itself, from results files of 'flashtile bench': a summary, charts, tables "
-        "that sort, and where every figure comes from. Several files become several sections."
+        "that sort, where every figure comes from, and how the algorithm works. Several files become several sections."
     )
     parser.epilog = "example: flashtile report out/bench_kernels_cpu.json -o report.html"
-    parser.add_argument("files", nargs="+", type=Path, metavar="RESULTS.json", help="what 'flashtile bench' wrote")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="RESULTS.json",
+        help="what 'flashtile bench' wrote; without any, the page explains and shows no figures",
+    )
     parser.add_argument(
         "-o",
         "--out",
@@ -40,11 +46,13 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InvalidArgument: a file is not one of ours, or the page cannot be written; nothing is written then.
-        MissingExtra: matplotlib or jinja2 is not installed.
+        MissingExtra: a package of the ``bench`` extra is not installed.
     """
-    require("matplotlib", "jinja2", extra="bench")
+    require("matplotlib", "jinja2", "markdown_it", "pygments", extra="bench")
     output.check("--out", args.out)
     write_whole(args.out, document(args.files))
+    if not args.files:
+        print("No results were given: the page explains, and shows no figures. They come from 'flashtile bench'.")
     print(f"Report: {args.out.resolve()}")
     return 0
 
@@ -57,13 +65,13 @@ def document(paths: Sequence[Path]) -> str:
 
     Raises:
         InvalidResults: a file cannot be read, is none of ours, or is newer; the text names it.
-        MissingExtra: matplotlib or jinja2 is not installed.
+        MissingExtra: a package of the ``bench`` extra is not installed.
     """
     unique = list({path.resolve(): path for path in paths}.values())
     found = [(name, results.load(path)) for name, path in zip(_names(unique), unique, strict=True)]
     found.sort(key=lambda item: item[1].environment.device == "cpu")  # GPUs first, otherwise as they were named
     sections = [kernels.section(name, f"kernels-{number}", of) for number, (name, of) in enumerate(found, 1)]
-    return page.render("report/report.html", sections=sections, explanation="")
+    return page.render("report/report.html", sections=sections, explanation=explanation.html())
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

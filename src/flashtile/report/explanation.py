@@ -45,8 +45,8 @@ def markdown() -> str:
 def html() -> str:
     """The same text as an HTML ``<section>`` with the interactive tile walk; whole without a network.
 
-    Colours are the variables ``--page``, ``--panel``, ``--edge``, ``--text``, ``--soft``, ``--accent`` and ``--warn``
-    of the page around it.
+    Colours are the page's: ``plots.THEME_CSS``, and ``--page``, ``--panel``, ``--edge``, ``--text``, ``--soft``,
+    ``--accent`` and ``--warn``.
 
     Raises:
         MissingExtra: jinja2, markdown-it-py, Pygments or matplotlib is not installed.
@@ -57,7 +57,7 @@ def html() -> str:
     data = json.dumps(walk.as_json(), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = (
         f'<section id="{SECTION_ID}">',
-        f"<style>\n{plots.THEME_CSS}\n{_read('explanation.css')}{_read('walk.css')}</style>",
+        f"<style>\n{_read('explanation.css')}{_read('walk.css')}</style>",
         body.replace("</h2>\n", f"</h2>\n{contents}\n", 1),
         f'<script type="application/json" id="walk-data">{data}</script>',
         f"<script>\n{_read('walk.js')}</script>",

@@ -232,5 +232,5 @@ def _note_on_lengths(run: Run) -> str:
     )
     return (
         "Calls without options. The scale at the right of a chart of speed is in percent of the measured matrix "
-        f"product; memory is on a logarithmic scale.{constant}"
+        f"product; memory is on a logarithmic scale. Where lines coincide, flashtile's lies on top.{constant}"
     )

@@ -44,17 +44,25 @@ def comparison(results: KernelResults, known: Mapping[str, Speedups]) -> Table:
     cases = list(dict.fromkeys(row.case for row in results.rows))
     axes, constant = cells.axes(_AXES, cases)
     peers = summary.rivals(results)
-    ours = (Column(heading="TFLOP/s"), Column(heading="% of ceiling"), Column(heading="memory"))
     return Table(
         caption=f"flashtile's figures, then its speed as a multiple of each peer's: below 1x it is slower.{constant}",
-        columns=(*(axis.column for axis in axes), *ours, *(Column(heading=f"x {peer_title(peer)}") for peer in peers)),
+        columns=(
+            *(axis.column for axis in axes),
+            Column(heading="TFLOP/s"),
+            *(Column(heading=f"x {peer_title(peer)}") for peer in peers),
+            Column(heading="% of ceiling"),
+            Column(heading="memory"),
+        ),
         rows=tuple(
             (
                 *(axis.of(case) for axis in axes),
-                *_own_figures(rows.get((case, FLASHTILE))),
+                speed,
                 *(_ratio(rows.get((case, peer)), known.get(peer, {}).get(case)) for peer in peers),
+                share,
+                memory,
             )
             for case in cases
+            for speed, share, memory in [_own_figures(rows.get((case, FLASHTILE)))]
         ),
     )
 

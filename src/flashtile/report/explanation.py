@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
 
 SECTION_ID = "how-it-works"
+_ID_PREFIX = "how-"
 _WALK, _FIGURES = "<!-- walk -->\n", "<!-- figures -->\n"
 """Where the page has what Markdown cannot."""
 
@@ -175,7 +176,7 @@ def _prepare_heading(heading: Token, content: Token) -> list[str]:
     """Gives a heading its level and id; returns its entry in the contents, if it is one of the sections."""
     is_section = heading.tag == "h2"
     heading.tag = _one_down(heading.tag)
-    name = "how-" + re.sub(r"[^a-z0-9]+", "-", content.content.lower()).strip("-")
+    name = _ID_PREFIX + re.sub(r"[^a-z0-9]+", "-", content.content.lower()).strip("-")
     heading.attrSet("id", name)
     return [f'<li><a href="#{name}">{content.content}</a></li>'] if is_section else []
 
@@ -185,10 +186,13 @@ def _one_down(tag: str) -> str:
 
 
 def _without_links_to_files(tokens: Sequence[Token]) -> list[Token]:
-    """The page travels alone: of links, only those into the web make sense there."""
+    """The page travels alone: of links, those within it and into the web make sense there."""
     kept, is_inside = [], False
     for token in tokens:
-        if token.type == "link_open" and not str(token.attrGet("href")).startswith("https:"):
+        target = str(token.attrGet("href"))
+        if token.type == "link_open" and target.startswith("#"):
+            token.attrSet("href", f"#{_ID_PREFIX}{target[1:]}")
+        if token.type == "link_open" and not target.startswith(("#", "https:")):
             is_inside = True
         elif token.type == "link_close" and is_inside:
             is_inside = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -167,17 +166,20 @@ def _masks() -> dict[str, Any]:
             mask, seqlen_q=TOKENS, seqlen_kv=TOKENS, block_q=tiles.block_q, block_kv=tiles.block_kv
         )
         rows.append({"what": what, "tiles": found, "share": found.visited / (found.visited + found.empty)})
-    drawn = [
-        (f"causal, {_MAP_TOKENS:,} tokens", _tile_map(_CAUSAL)),
-        ("causal, the last 256 keys", _tile_map(_WINDOW)),
-    ]
-    gap = " " * 12
+    drawn = [("causal", _tile_map(_CAUSAL)), ("and the last 256 keys", _tile_map(_WINDOW))]
+    gap = " " * 4
     width = max(len(line) for title, lines in drawn for line in (title, *lines))
     lines = [
         gap.join(line.ljust(width) for line in level).rstrip()
         for level in zip(*([t, *m] for t, m in drawn), strict=True)
     ]
-    return {"masks": rows, "mask_tiles": tiles, "tile_maps": "\n".join(lines)}
+    return {
+        "masks": rows,
+        "mask_tiles": tiles,
+        "tile_maps": "\n".join(lines),
+        "map_tokens": _MAP_TOKENS,
+        "map_block": _MAP_BLOCK,
+    }
 
 
 def _tile_map(mask: MaskSpec) -> list[str]:
@@ -278,7 +280,7 @@ def _example() -> dict[str, Any]:
         "whole_sum": p.sum().item(),
         "whole_acc": (p @ v)[0].item(),
         "whole_out": exact[0].item(),
-        "by_hand": _by_hand(found, rows),
+        "by_hand": _by_hand(rows[1], rows[2], _steps_of_query(found)[2]),
     }
 
 
@@ -304,14 +306,14 @@ def _example_rows(found: Walk) -> list[_Row]:
     return rows
 
 
-def _by_hand(found: Walk, rows: Sequence[_Row]) -> dict[str, Any]:
-    """What adds up to the row_sum of the second tile."""
-    second = _steps_of_query(found)[1]
+def _by_hand(before: _Row, after: _Row, step: walk.Step) -> dict[str, Any]:
+    """What adds up to a row_sum."""
     return {
-        "old_sum": rows[0]["row_sum"],
-        "rescale": rows[1]["rescale"],
-        "terms": second.p[QUERY % TILES.block_q].tolist(),
-        "new_sum": rows[1]["row_sum"],
+        "which": after["which"],
+        "old_sum": before["row_sum"],
+        "rescale": after["rescale"],
+        "terms": step.p[QUERY % TILES.block_q].tolist(),
+        "new_sum": after["row_sum"],
     }
 
 

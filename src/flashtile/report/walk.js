@@ -37,7 +37,10 @@
     const grid = find(".walk-grid");
     const head = grid.createTHead().insertRow();
     head.append(header("q\\k", "col"));
-    for (let key = 0; key < data.seqlen; key++) head.append(header(key, "col"));
+    for (let key = 0; key < data.seqlen; key++) {
+      head.append(header(key, "col"));
+      head.lastChild.classList.toggle("tile-left", key % data.block_kv === 0 && key > 0);
+    }
     head.append(header("out", "col"));
     const body = grid.createTBody();
     for (let query = 0; query < data.seqlen; query++) {
@@ -55,13 +58,14 @@
     return place < position - 1 ? "used" : place === position - 1 ? "now" : "later";
   }
 
+  // How much of the accent colour: little enough for text to stay readable on it.
+  const mix = (share) => `${8 + 40 * share}%`;
+  const heat = (score) => mix(score === null ? 0 : Math.min(Math.max((score + 2) / 4, 0), 1));
+
   function showScore(cell, score) {
     cell.textContent = number(score, 1);
     cell.classList.toggle("pair-hidden", score === null);
-    if (score === null) return;
-    const heat = Math.min(Math.max((score + 3) / 6, 0), 1);
-    cell.style.setProperty("--heat", `${12 + 78 * heat}%`);
-    cell.classList.add(heat > 0.55 ? "hot" : "cold");
+    cell.style.setProperty("--heat", heat(score));
   }
 
   function showGrid(step) {
@@ -104,12 +108,11 @@
       const line = table.insertRow();
       for (let col = 0; col < data.block_kv; col++) {
         const cell = line.insertCell();
-        cell.className = step === null ? "tile-later" : "tile-now cold";
+        cell.className = step === null ? "tile-later" : "tile-now";
         if (step === null) continue;
         const value = step[name][row][col];
         cell.textContent = number(value, digits);
-        const heat = value === null ? 0 : name === "p" ? value : Math.min(Math.max((value + 3) / 6, 0), 1);
-        cell.style.setProperty("--heat", `${6 + 40 * heat}%`);
+        cell.style.setProperty("--heat", name === "p" ? mix(value) : heat(value));
       }
     }
   }
@@ -151,7 +154,7 @@
       cell.append(element("small", exact, "exact"));
       cell.lastChild.title = "exact";
     }
-    if (dim === 0) line.cells[0].append(element("small", "below: exact"));
+    line.cells[0].append(element("small", "exact"));
   }
 
   function showErrors(line, step) {

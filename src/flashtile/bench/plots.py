@@ -303,7 +303,7 @@ def _set_scale(axes: Axes, name: Literal["x", "y"], wanted: Axis) -> None:
         whole = wanted.whole
         there_and_back = (lambda value: value / whole * 100, lambda percent: percent * whole / 100)
         scale = (axes.secondary_xaxis if name == "x" else axes.secondary_yaxis)(1.0, functions=there_and_back)
-        scale.tick_params(colors=_INK[0], labelsize=9)
+        scale.tick_params(which="both", colors=_INK[0], labelsize=9)
         scale.set(**{f"{name}label": _drawable(wanted.whole_label)})
         (scale.xaxis if name == "x" else scale.yaxis).label.set_color(_INK[0])
         scale.spines[:].set_color(_GRID[0])
@@ -355,7 +355,8 @@ def _drawable(label: str) -> str:
     text = "".join(char if char.isprintable() else "?" for char in " ".join(label.split()))
     text = text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
     text = text.replace("$", r"\$")  # between two bare ones it would set mathematics
-    return "\N{ZERO WIDTH SPACE}" + text if text.startswith("_") else text  # a legend leaves out what starts with one
+    # A legend leaves out what is empty and what starts with an underscore.
+    return "\N{ZERO WIDTH SPACE}" + text if not text or text.startswith("_") else text
 
 
 # --- from the figure to the page --------------------------------------------------------------------------------------
@@ -366,8 +367,9 @@ def _svg(figure: Figure, title: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    # hashsalt: the names of clip paths and markers must differ between the charts of a page, but not between two runs
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}), warnings.catch_warnings():
+    # The names of clip paths and markers must differ between the charts of a page, but not between two runs.
+    salt = title.encode("utf-8", errors="replace").decode()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has its own fonts
         figure.savefig(
             buffer,
@@ -379,12 +381,16 @@ def _svg(figure: Figure, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*\n\s*", " ", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"<[^<>]+>", lambda tag: _themed(tag[0]), svg)  # tags alone: a label may hold any of these words
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg class="chart" role="img" \1>', svg, count=1)
-    svg = svg.replace(">", f"><title>{html.escape(title)}</title>", 1).replace("xlink:href", "href")
-    # Never past a "<": a label may hold any of these words, and the markup behind it must stay.
-    svg = re.sub(r"font: ([\d.]+)px [^;\"<]*", r"font-size: \1px", svg)
-    svg = re.sub(r"font-family: [^;\"<]*;? ?", "", svg)
+    return svg.replace(">", f"><title>{html.escape(title)}</title>", 1)
+
+
+def _themed(tag: str) -> str:
+    """A tag with the theme's colours and the page's font, and without what only matplotlib needs."""
+    tag = re.sub(r'<g id="[^"]*"', "<g", tag).replace("xlink:href", "href")
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
     for placeholder, variable, light, _ in _COLORS:
-        svg = svg.replace(placeholder, f"var({variable}, {light})")
-    return svg
+        tag = tag.replace(placeholder, f"var({variable}, {light})")
+    return tag

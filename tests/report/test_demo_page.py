@@ -8,9 +8,9 @@ import torch
 from reading import HOSTILE, Reader, assert_safe
 
 from flashtile.backends.base import Plan
+from flashtile.bench.transformer import ModelShape
 from flashtile.demo import page, summary, training
 from flashtile.demo.corpus import Corpus
-from flashtile.demo.model import ModelShape
 from flashtile.demo.results import Comparison, RunResult, Sample, StepRecord
 from flashtile.demo.training import TrainingSettings
 

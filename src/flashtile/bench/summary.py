@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from flashtile.bench.baselines import FLASHTILE, FLEX, NAIVE, PEERS, SDPA, SDPA_CUDNN, SDPA_FLASH
 from flashtile.bench.cases import OPTIONS, BenchCase
-from flashtile.bench.results import KernelResults, KernelRow
+from flashtile.bench.environment import Environment
+from flashtile.bench.results import AnyRow, KernelResults
 from flashtile.bench.timing import Timing
 
 RIVALS = (SDPA, NAIVE, FLEX)
@@ -133,14 +134,19 @@ def conditions(results: KernelResults) -> list[str]:
     environment, ceilings = results.environment, results.ceilings
     products = ", ".join(f"{three_digits(rate)} TFLOP/s {dtype}" for dtype, rate in ceilings.matmul_tflops.items())
     return [
-        f"{environment.device_name} ({environment.device}, {environment.num_threads} threads), "
-        + ", ".join(f"{name} {version}" for name, version in environment.versions.items()),
+        machine(environment),
         f"Ceilings in this run: matrix product {products}; copy {three_digits(ceilings.copy_gb_per_s)} GB/s. "
         f"About {results.budget_s:g} s for each case.",
         "TFLOP/s count the pairs that causality and window leave visible. Memory is the peak beyond the inputs; a "
         "backward's includes its forward.",
         *options_used(results),
     ]
+
+
+def machine(environment: Environment) -> str:
+    """The device and the software, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return f"{environment.device_name} ({environment.device}, {environment.num_threads} threads), {versions}"
 
 
 def options_used(results: KernelResults) -> list[str]:
@@ -155,11 +161,17 @@ def gaps(results: KernelResults) -> list[str]:
     for reason in dict.fromkeys(results.missing_peers.values()):
         names = [name for name, why in results.missing_peers.items() if why == reason]
         lines.append(f"Not here: {', '.join(names)}: {reason}")
-    rows = [row for row in results.rows if row.status != "ok"]
-    firsts: dict[tuple[str, str, str | None], KernelRow] = {}
-    for row in rows:
+    return [*lines, *row_gaps(results.rows)]
+
+
+def row_gaps(rows: Sequence[AnyRow]) -> list[str]:
+    """Which rows have no timing and why: one line for each peer and reason."""
+    firsts: dict[tuple[str, str, str | None], AnyRow] = {}
+    gaps = [row for row in rows if row.status != "ok"]
+    for row in gaps:
         firsts.setdefault(_gap(row), row)
-    counts = Counter(map(_gap, rows))
+    counts = Counter(map(_gap, gaps))
+    lines = []
     for gap, first in firsts.items():
         others = f" and {counts[gap] - 1} more" if counts[gap] > 1 else ""
         word = "" if first.status == "unavailable" else f"{WORDS[first.status]}: "
@@ -167,7 +179,7 @@ def gaps(results: KernelResults) -> list[str]:
     return lines
 
 
-def _gap(row: KernelRow) -> tuple[str, str, str | None]:
+def _gap(row: AnyRow) -> tuple[str, str, str | None]:
     return row.peer, row.status, row.reason
 
 

@@ -209,6 +209,11 @@ def _play_round(
     return readings
 
 
+def speedup(timed: Timing, other: Timing | Failure | None) -> float | None:
+    """The other's median over this one's: above 1 this one is faster. None if the other has no timing."""
+    return other.median_ms / timed.median_ms if isinstance(other, Timing) else None
+
+
 def release_memory() -> None:
     """Gives back what a failed candidate held, so that the next one does not fail for its sake."""
     gc.collect()

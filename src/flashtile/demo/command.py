@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from flashtile.bench import environment
 from flashtile.bench.files import check_place, write_whole
+from flashtile.bench.transformer import ModelShape
 from flashtile.demo import corpus as corpora
 from flashtile.demo import machine, summary, training
 from flashtile.demo.corpus import Corpus
-from flashtile.demo.model import ModelShape
 from flashtile.demo.results import Comparison
 from flashtile.demo.training import TrainingSettings
 from flashtile.errors import InvalidArgument, require

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashtile.bench import summary
-from flashtile.bench.results import KernelRow as Row
+from flashtile.bench.results import Row
 from flashtile.bench.summary import three_digits
 from flashtile.bench.timing import Timing
 from flashtile.report.page import Cell, Column

@@ -118,7 +118,7 @@ def _decode(annotation: Any, value: Any, where: str) -> Any:
         return {name: _decode(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
     if annotation is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if annotation in (int, bool, str) and type(value) is annotation:
+    if annotation in (int, bool, str) and type(value) is annotation and (annotation is not int or _is_int64(value)):
         return value
     wanted = {tuple: "a list", dict: "an object", float: "a finite number"}.get(origin or annotation)
     raise _Mismatch(f"{where} = {_shown(value)}", wanted or f"a {annotation.__name__}")
@@ -138,6 +138,11 @@ def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
         return cls(**decoded)
     except ValueError as error:  # what a row of ours checks of itself
         raise _Mismatch(f"{where} {error}", "fields that agree") from None
+
+
+def _is_int64(value: int) -> bool:
+    """Nothing that is counted has more digits, and arithmetic with floats fails on numbers that have many more."""
+    return -(2**63) <= value < 2**63
 
 
 def _shown(value: Any) -> str:

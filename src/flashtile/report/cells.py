@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashtile.bench import summary
+from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import Row
 from flashtile.bench.summary import three_digits
 from flashtile.bench.timing import Timing
@@ -73,3 +74,25 @@ def outcome(row: Row) -> str:
         return ""
     word = "" if row.status == "unavailable" else f"{summary.WORDS[row.status]}: "
     return f"{word}{row.reason}"
+
+
+# --- columns of attention calls ----------------------------------------------------------------------------------------
+
+
+def _heads(case: BenchCase) -> Cell:
+    """``32``, or ``32/8`` where groups of query heads share a kv head."""
+    text = str(case.heads_q) if case.heads_q == case.heads_kv else f"{case.heads_q}/{case.heads_kv}"
+    return Cell(text=text, value=case.heads_q)
+
+
+CALL_AXES = (
+    Axis(column=Column(heading="direction", holds="words"), of=lambda case: Cell(text=case.direction)),
+    Axis(column=Column(heading="dtype", holds="words"), of=lambda case: Cell(text=case.dtype)),
+    Axis(column=Column(heading="mask", holds="words"), of=lambda case: Cell(text=case.mask_name)),
+    Axis(column=Column(heading="option", holds="words"), of=lambda case: Cell(text=case.option)),
+    Axis(column=Column(heading="head_dim"), of=lambda case: count(case.head_dim)),
+    Axis(column=Column(heading="tokens"), of=lambda case: count(case.seqlen)),
+    Axis(column=Column(heading="batch"), of=lambda case: count(case.batch)),
+    Axis(column=Column(heading="heads"), of=_heads),
+)
+"""In which attention calls can differ."""

@@ -9,9 +9,13 @@ from pathlib import Path
 
 from flashtile.bench import results
 from flashtile.bench.files import write_whole
+from flashtile.bench.results import IoResults, KernelResults, ModelResults, Results
 from flashtile.errors import require
 from flashtile.report import explanation, output, page
 from flashtile.report.kernels import section as kernels
+from flashtile.report.models import section as models
+from flashtile.report.page import Section
+from flashtile.report.traffic import section as traffic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +73,22 @@ def document(paths: Sequence[Path]) -> str:
     """
     unique = list({path.resolve(): path for path in paths}.values())
     found = [(name, results.load(path)) for name, path in zip(_names(unique), unique, strict=True)]
-    found.sort(key=lambda item: item[1].environment.device == "cpu")  # GPUs first, otherwise as they were named
-    sections = [kernels.section(name, f"kernels-{number}", of) for number, (name, of) in enumerate(found, 1)]
+    found.sort(key=lambda item: _place(item[1]))
+    sections = [_section(name, f"run-{number}", of) for number, (name, of) in enumerate(found, 1)]
     return page.render("report/report.html", sections=sections, explanation=explanation.html())
+
+
+def _place(of: Results) -> tuple[bool, int]:
+    """GPUs first; then what people ask about first. Runs alike stay in the order in which they were named."""
+    return of.environment.device == "cpu", (ModelResults, KernelResults, IoResults).index(type(of))
+
+
+def _section(source: str, anchor: str, of: Results) -> Section:
+    if isinstance(of, ModelResults):
+        return models.section(source, anchor, of)
+    if isinstance(of, IoResults):
+        return traffic.section(source, anchor, of)
+    return kernels.section(source, anchor, of)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -6,31 +6,11 @@ from collections.abc import Mapping
 
 from flashtile.bench import summary
 from flashtile.bench.baselines import FLASHTILE
-from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import KernelResults, KernelRow
 from flashtile.bench.summary import Speedups, peer_title, three_digits
 from flashtile.report import cells
-from flashtile.report.cells import EMPTY, Axis
+from flashtile.report.cells import CALL_AXES, EMPTY
 from flashtile.report.page import Cell, Column, Table
-
-
-def _heads(case: BenchCase) -> Cell:
-    """``32``, or ``32/8`` where groups of query heads share a kv head."""
-    text = str(case.heads_q) if case.heads_q == case.heads_kv else f"{case.heads_q}/{case.heads_kv}"
-    return Cell(text=text, value=case.heads_q)
-
-
-_AXES = (
-    Axis(column=Column(heading="direction", holds="words"), of=lambda case: Cell(text=case.direction)),
-    Axis(column=Column(heading="dtype", holds="words"), of=lambda case: Cell(text=case.dtype)),
-    Axis(column=Column(heading="mask", holds="words"), of=lambda case: Cell(text=case.mask_name)),
-    Axis(column=Column(heading="option", holds="words"), of=lambda case: Cell(text=case.option)),
-    Axis(column=Column(heading="head_dim"), of=lambda case: cells.count(case.head_dim)),
-    Axis(column=Column(heading="tokens"), of=lambda case: cells.count(case.seqlen)),
-    Axis(column=Column(heading="batch"), of=lambda case: cells.count(case.batch)),
-    Axis(column=Column(heading="heads"), of=_heads),
-)
-"""In which the cases of a kernel run can differ."""
 
 
 def comparison(results: KernelResults, known: Mapping[str, Speedups]) -> Table:
@@ -42,7 +22,7 @@ def comparison(results: KernelResults, known: Mapping[str, Speedups]) -> Table:
     """
     rows = {(row.case, row.peer): row for row in results.rows}
     cases = list(dict.fromkeys(row.case for row in results.rows))
-    axes, constant = cells.axes(_AXES, cases)
+    axes, constant = cells.axes(CALL_AXES, cases)
     peers = summary.rivals(results)
     return Table(
         caption=f"flashtile's figures, then its speed as a multiple of each peer's: below 1x it is slower.{constant}",
@@ -69,7 +49,7 @@ def comparison(results: KernelResults, known: Mapping[str, Speedups]) -> Table:
 
 def measurements(results: KernelResults) -> Table:
     """A row for each peer on each case, with everything that was measured, or why it was not."""
-    axes, constant = cells.axes(_AXES, list(dict.fromkeys(row.case for row in results.rows)))
+    axes, constant = cells.axes(CALL_AXES, list(dict.fromkeys(row.case for row in results.rows)))
     figures = ("ms", "from", "to", "rounds", "TFLOP/s", "% of ceiling", "memory", "difference")
     return Table(
         caption="Medians in ms with their quartiles; the difference is from flashtile's result, over that result's "

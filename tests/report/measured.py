@@ -97,7 +97,7 @@ def kernels() -> KernelResults:
 
 
 def _model_rows(case: ModelCase) -> tuple[ModelRow, ...]:
-    """At 512 tokens 30 ms beside the naive formula's 10 ms of attention, which grow quadratically; tiles take a fifth."""
+    """At 512 tokens 30 ms beside the naive formula's 10 ms of attention, growing quadratically; tiles take a fifth."""
     rest_ms = 30.0 * case.seqlen / 512
     attention_ms = {NAIVE: 10.0 * (case.seqlen / 512) ** 2, SDPA: 3.0 * (case.seqlen / 512) ** 2}
     attention_ms[FLASHTILE] = attention_ms[NAIVE] / 5

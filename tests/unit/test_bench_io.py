@@ -202,7 +202,7 @@ def test_findings_compare_the_longest() -> None:
     rows = (row(FLASHTILE, 100, 200, 2.0), row(NAIVE, 1000, 1000, 3.0))
     found = replace(run(CASE), rows=rows)
     assert table.findings(found)[0] == (
-        "forward, 64 tokens, causal: the naive formula moves at least 10.0x the bytes of tiles by prediction, 5.0x by "
+        "Forward, 64 tokens, causal: the naive formula moves at least 10.0x the bytes of tiles by prediction, 5.0x by "
         "count, and takes 1.5x the time."
     )
     assert "interrupted" in table.findings(replace(found, is_complete=False))[-1]

@@ -76,7 +76,7 @@ def outcome(row: Row) -> str:
     return f"{word}{row.reason}"
 
 
-# --- columns of attention calls ----------------------------------------------------------------------------------------
+# --- columns of attention calls ---------------------------------------------------------------------------------------
 
 
 def _heads(case: BenchCase) -> Cell:

@@ -13,6 +13,7 @@ from reading import Reader
 
 import flashtile
 from flashtile.backends.cpu import tiled
+from flashtile.bench import plots
 from flashtile.errors import MissingExtra
 from flashtile.report import explanation, explanation_numbers, walk
 from flashtile.spec import units
@@ -84,6 +85,13 @@ def test_what_fits_on_chip_is_what_the_plan_says() -> None:
     assert shared == facts["shared_memory"] <= facts["device"].shared_memory_bytes
 
 
+def test_squares_have_areas_to_scale(fragment: str) -> None:
+    sides = {name: float(side) for side, name in re.findall(r'--side:([\d.]+)"></i>(\w+)</li>', fragment)}
+    assert set(sides) == {"q", "k", "v", "s", "p", "out", "lse"}
+    assert (sides["s"] / sides["q"]) ** 2 == pytest.approx(4096 / 128, rel=1e-2)
+    assert (sides["q"] / sides["lse"]) ** 2 == pytest.approx(128, rel=1e-2)
+
+
 def test_the_fragment_is_one_well_formed_section(fragment: str, page: Reader) -> None:
     assert fragment.startswith('<section id="how-it-works">') and fragment.endswith("</section>")
     assert page.tags["section"] == 1 and page.tags["h1"] == 0 and page.tags["h2"] == 1
@@ -112,8 +120,9 @@ def test_styles_stay_inside_the_section_and_take_the_colours_of_the_page() -> No
         for selector in selectors:
             assert selector.strip().startswith(("#how-it-works", "#walk")), selector
         own = set(re.findall(r"(--[\w-]+):", css))
-        used = set(re.findall(r"var\((--[\w-]+)", css)) - own - {"--bar", "--heat"}
-        assert used <= {"--page", "--panel", "--edge", "--text", "--soft", "--accent", "--warn"}
+        used = set(re.findall(r"var\((--[\w-]+)", css)) - own - {"--bar", "--heat", "--side"}
+        of_the_page = {"--page", "--panel", "--edge", "--text", "--soft", "--accent", "--warn"}
+        assert used <= of_the_page | set(re.findall(r"(--[\w-]+):", plots.THEME_CSS))
         assert not re.search(r"#[0-9a-f]{3,6}\b", css), "no colour of its own"
 
 

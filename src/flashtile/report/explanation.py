@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from flashtile.backends.cpu import tiled
 from flashtile.bench import plots
-from flashtile.bench.plots import Bars
 from flashtile.errors import MissingExtra
-from flashtile.report import explanation_numbers, walk
+from flashtile.report import explanation_figures, explanation_numbers, walk
 from flashtile.spec import dropout, units
-from flashtile.spec.accounting import Comparison
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -54,7 +52,7 @@ def html() -> str:
     """
     facts = explanation_numbers.facts()
     body, contents = _as_html(_text(facts, is_page=True))
-    body = body.replace(_WALK, _read("walk.html")).replace(_FIGURES, _figures(facts["forward"], facts["score_traffic"]))
+    body = body.replace(_WALK, _read("walk.html")).replace(_FIGURES, explanation_figures.figures(facts))
     data = json.dumps(walk.as_json(), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = (
         f'<section id="{SECTION_ID}">',
@@ -208,41 +206,3 @@ def _highlighted(code: str, language: str, _attributes: str) -> str:
     pygments = _import("pygments", "Pygments")
     lexers, formatters = _import("pygments.lexers", "Pygments"), _import("pygments.formatters", "Pygments")
     return pygments.highlight(code, lexers.PythonLexer(), formatters.HtmlFormatter(nowrap=True))
-
-
-def _figures(forward: Comparison, score_traffic: int) -> str:
-    """The naive formula beside tiles: bytes by what they are, and the two least times."""
-    methods = ["naive formula", "flashtile"]
-    totals = (forward.naive.traffic_bytes, forward.tiled.traffic_bytes)
-    of_scores = (score_traffic, 0)
-    bytes_moved = plots.bar_chart(
-        [
-            Bars(label="scores", values=[found / 2**20 for found in of_scores]),
-            Bars(
-                label="q, k, v, out",
-                values=[(total - found) / 2**20 for total, found in zip(totals, of_scores, strict=True)],
-            ),
-        ],
-        methods,
-        title="Bytes moved by one forward: naive formula and flashtile",
-        x_label="MiB to and from device memory",
-        is_stacked=True,
-        format_value="{:,.0f}".format,
-    )
-    bounds = (forward.naive_time, forward.tiled_time)
-    least_times = plots.bar_chart(
-        [
-            Bars(label="move bytes", values=[bound.memory_s * 1e6 for bound in bounds]),
-            Bars(label="multiply", values=[bound.compute_s * 1e6 for bound in bounds]),
-        ],
-        methods,
-        title="Least time to move the bytes and to multiply: naive formula and flashtile",
-        x_label="µs at peak rates; the longer bar counts",
-        format_value="{:,.0f}".format,
-    )
-    captions = ("What one forward moves", "What that takes at least")
-    drawn = [
-        f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
-        for caption, svg in zip(captions, (bytes_moved, least_times), strict=True)
-    ]
-    return f'<div class="figures">{"".join(drawn)}</div>\n'

@@ -8,15 +8,19 @@ from typing import Any, TypedDict
 import torch
 
 import flashtile
-from flashtile.backends.base import Plan
+from flashtile.backends.base import Plan, Saved, TileConfig
+from flashtile.backends.cpu import tiled
+from flashtile.backends.cpu.plan import TILES as CPU_TILES
 from flashtile.backends.triton.tiles import GpuTiles
 from flashtile.explain import Explanation
 from flashtile.explain.remarks import CALL_S
 from flashtile.report import walk
 from flashtile.report.walk import TILES, Walk
-from flashtile.spec import accounting, dropout, masks
+from flashtile.spec import accounting, dropout, masks, sizes
 from flashtile.spec.accounting import Comparison
-from flashtile.spec.problem import AttentionProblem, MaskSpec
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import MaskSpec
+from flashtile.testing import Call, make_tensor, reference
 
 HEADS, TOKENS, HEAD_DIM, DEVICE = 16, 4096, 128, "h200"
 """The problem that most of the text is about; bfloat16, no mask."""
@@ -32,35 +36,22 @@ QUERY = 6
 def facts() -> dict[str, Any]:
     """What ``explanation.md`` names."""
     explained = _explain(TOKENS)
-    (forward, backward), problem, plan = explained.costs, explained.problem, explained.plan
-    assert plan is not None, "the Triton backend takes the problem on every machine"
-    device, scores = explained.device, accounting.score_matrix_bytes(explained.problem)
-    score_traffic = 4 * scores  # written, read by the softmax, written as probabilities, read again
+    forward, backward = explained.costs
     return {
-        "problem": problem,
-        "device": device,
+        "problem": explained.problem,
+        "device": explained.device,
         "forward": forward,
         "backward": backward,
-        "score_bytes": scores,
-        "score_numbers": TOKENS * TOKENS,
-        "operand_numbers": TOKENS * HEAD_DIM,
-        "score_traffic": score_traffic,
-        "score_share": score_traffic / forward.naive.traffic_bytes,
-        "naive_steps": [
-            {"what": term.what, "num_bytes": term.num_bytes, "seconds": term.num_bytes / device.bytes_per_s}
-            for term in forward.naive.traffic
-        ],
-        "balance": device.flops_per_s(problem.dtype) / device.bytes_per_s,
-        "naive_intensity": forward.naive.flops / forward.naive.traffic_bytes,
-        "tiled_intensity": forward.tiled.flops / forward.tiled.traffic_bytes,
+        **_traffic(explained, forward),
         "example": _example(),
         "walk": {"seqlen": walk.SEQLEN, "block_q": TILES.block_q, "block_kv": TILES.block_kv},
-        **_tiling(problem, plan),
+        **_tiling(explained),
         "lengths": [_length(_explain(tokens)) for tokens in LENGTHS],
         "call_s": CALL_S,
         "layer_width": LAYER_WIDTH,
         "amdahl": _amdahl(),
-        **_recomputation(problem, backward, scores, device.bytes_per_s, device.flops_per_s(problem.dtype)),
+        **_recomputation(explained, backward),
+        "gradient_tolerance": _checked_gradients(),
         **_masks(),
         "packed": _packed(),
         "dropout": _dropout(),
@@ -75,10 +66,35 @@ def _explain(tokens: int, **options: Any) -> Explanation:
     )
 
 
+def _plan(explained: Explanation) -> Plan:
+    assert explained.plan is not None, "the Triton backend takes these problems on every machine"
+    return explained.plan
+
+
 # --- time and memory --------------------------------------------------------------------------------------------------
 
 
-def _tiling(problem: AttentionProblem, plan: Plan) -> dict[str, Any]:
+def _traffic(explained: Explanation, forward: Comparison) -> dict[str, Any]:
+    device, scores = explained.device, accounting.score_matrix_bytes(explained.problem)
+    score_traffic = 4 * scores  # written, read by the softmax, written as probabilities, read again
+    return {
+        "score_bytes": scores,
+        "score_numbers": TOKENS * TOKENS,
+        "operand_numbers": TOKENS * HEAD_DIM,
+        "score_traffic": score_traffic,
+        "score_share": score_traffic / forward.naive.traffic_bytes,
+        "naive_steps": [
+            {"what": term.what, "num_bytes": term.num_bytes, "seconds": term.num_bytes / device.bytes_per_s}
+            for term in forward.naive.traffic
+        ],
+        "balance": device.flops_per_s(explained.problem.dtype) / device.bytes_per_s,
+        "naive_intensity": forward.naive.flops / forward.naive.traffic_bytes,
+        "tiled_intensity": forward.tiled.flops / forward.tiled.traffic_bytes,
+    }
+
+
+def _tiling(explained: Explanation) -> dict[str, Any]:
+    problem, plan = explained.problem, _plan(explained)
     tiles, itemsize, sum_itemsize = plan.forward.tiles, problem.dtype.itemsize, problem.accumulation_dtype.itemsize
     assert isinstance(tiles, GpuTiles)
     streamed = (tiles.num_stages, tiles.block_kv, HEAD_DIM)
@@ -104,6 +120,7 @@ def _tiling(problem: AttentionProblem, plan: Plan) -> dict[str, Any]:
         "shared_memory": plan.forward.shared_memory_bytes,
         "num_q_tiles": -(-TOKENS // tiles.block_q),
         "kv_bytes": 2 * TOKENS * HEAD_DIM * itemsize,
+        "cpu_tiles": CPU_TILES,
     }
 
 
@@ -136,13 +153,12 @@ def _amdahl() -> dict[str, Any]:
     }
 
 
-def _recomputation(
-    problem: AttentionProblem, backward: Comparison, scores: int, bytes_per_s: float, flops_per_s: float
-) -> dict[str, Any]:
+def _recomputation(explained: Explanation, backward: Comparison) -> dict[str, Any]:
+    problem, device = explained.problem, explained.device
     flops_of_product = 2 * accounting.all_pairs(problem) * HEADS * HEAD_DIM
     return {
-        "recompute_s": flops_of_product / flops_per_s,
-        "reread_s": scores / bytes_per_s,
+        "recompute_s": flops_of_product / device.flops_per_s(problem.dtype),
+        "reread_s": accounting.score_matrix_bytes(problem) / device.bytes_per_s,
         "products": {
             "textbook": round(backward.naive.flops / flops_of_product),
             "tiled": round(backward.tiled.flops / flops_of_product),
@@ -150,56 +166,56 @@ def _recomputation(
     }
 
 
+def _checked_gradients() -> str:
+    """What the gradients of the walk's problem stay below in their distance from the oracle's."""
+    q, k, v = walk.operands()
+    operands, d_out = Operands(q=q, k=k, v=v), make_tensor(q.shape, seed=7)
+    problem = sizes.pose(seqlen_q=walk.SEQLEN, heads_q=1, head_dim=walk.HEAD_DIM, dtype=q.dtype)
+    out, lse = tiled.forward(problem, operands, TILES, q.dtype)
+    found = tiled.backward(problem, operands, Saved(out=out, lse=lse), d_out, None, TILES, q.dtype)
+    exact = reference(Call(q=q, k=k, v=v), d_out=d_out).gradients
+    bound = 10 * walk.ROUNDING
+    for name, gradient in (("q", found.q), ("k", found.k), ("v", found.v)):
+        assert gradient is not None
+        torch.testing.assert_close(gradient.double(), exact[name], atol=bound, rtol=0)
+    return _power_of_ten(bound)
+
+
 # --- masks, padding, dropout ------------------------------------------------------------------------------------------
 
 _CAUSAL, _WINDOW = MaskSpec(right=0), MaskSpec(left=255, right=0)
-_MAP_TOKENS, _MAP_BLOCK = 1024, 128
+_MAP_TOKENS, _MAP_TILES = 1024, TileConfig(block_q=128, block_kv=128)
+_SIGNS = {"full": "■", "partial": "◩", "empty": "·"}
 
 
 def _masks() -> dict[str, Any]:
-    plan = _explain(TOKENS, causal=True).plan
-    assert plan is not None
-    tiles = plan.forward.tiles
+    tiles = _plan(_explain(TOKENS, causal=True)).forward.tiles
     rows = []
     for what, mask in (("none", MaskSpec()), ("causal", _CAUSAL), ("causal, the last 256 keys", _WINDOW)):
         found = masks.count_tiles(
             mask, seqlen_q=TOKENS, seqlen_kv=TOKENS, block_q=tiles.block_q, block_kv=tiles.block_kv
         )
         rows.append({"what": what, "tiles": found, "share": found.visited / (found.visited + found.empty)})
-    drawn = [("causal", _tile_map(_CAUSAL)), ("and the last 256 keys", _tile_map(_WINDOW))]
-    gap = " " * 4
-    width = max(len(line) for title, lines in drawn for line in (title, *lines))
-    lines = [
-        gap.join(line.ljust(width) for line in level).rstrip()
-        for level in zip(*([t, *m] for t, m in drawn), strict=True)
-    ]
     return {
         "masks": rows,
         "mask_tiles": tiles,
-        "tile_maps": "\n".join(lines),
+        "tile_maps": _side_by_side(
+            ["causal", *_tile_map(_CAUSAL)], ["and the last 256 keys", *_tile_map(_WINDOW)], gap=" " * 4
+        ),
         "map_tokens": _MAP_TOKENS,
-        "map_block": _MAP_BLOCK,
+        "map_tiles": _MAP_TILES,
     }
 
 
 def _tile_map(mask: MaskSpec) -> list[str]:
     """One line for each tile of queries."""
-    lines = []
-    for q_begin in range(0, _MAP_TOKENS, _MAP_BLOCK):
-        tiles = masks.kv_tiles(
-            mask,
-            seqlen_q=_MAP_TOKENS,
-            seqlen_kv=_MAP_TOKENS,
-            q_begin=q_begin,
-            q_end=q_begin + _MAP_BLOCK,
-            block_kv=_MAP_BLOCK,
-        )
-        signs = (
-            "■" if tiles.is_full(tile_idx) else "◩" if tiles.begin <= tile_idx < tiles.end else "·"
-            for tile_idx in range(_MAP_TOKENS // _MAP_BLOCK)
-        )
-        lines.append(" ".join(signs))
-    return lines
+    kinds = walk.tile_kinds(mask, seqlen=_MAP_TOKENS, tiles=_MAP_TILES)
+    return [" ".join(_SIGNS[kind] for kind in row) for row in kinds]
+
+
+def _side_by_side(left: list[str], right: list[str], *, gap: str) -> str:
+    width = max(map(len, left))
+    return "\n".join(f"{a:<{width}}{gap}{b}" for a, b in zip(left, right, strict=True))
 
 
 def _packed() -> dict[str, Any]:
@@ -209,7 +225,7 @@ def _packed() -> dict[str, Any]:
 
 
 def _dropout() -> dict[str, Any]:
-    dropout_p, seed, num_keys, block_kv = 0.25, torch.tensor(42), walk.SEQLEN, TILES.block_kv
+    dropout_p, seed, num_keys, block_kv = 0.25, torch.tensor(4), walk.SEQLEN, TILES.block_kv
 
     def kept(kv_begin: int, kv_end: int) -> str:
         zero = torch.zeros(1, dtype=torch.int64)
@@ -243,7 +259,8 @@ def _dropout() -> dict[str, Any]:
 # --- one row of the walk ----------------------------------------------------------------------------------------------
 
 
-_BOUND = f"{walk.ROUNDING:.0e}".replace("e-0", "e-")
+def _power_of_ten(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-")
 
 
 class _Row(TypedDict):
@@ -275,7 +292,7 @@ def _example() -> dict[str, Any]:
         "head_dim": walk.HEAD_DIM,
         "rows": rows,
         "exact": exact.tolist(),
-        "tolerance": _BOUND,
+        "tolerance": _power_of_ten(walk.ROUNDING),
         "whole_max": s.max().item(),
         "whole_sum": p.sum().item(),
         "whole_acc": (p @ v)[0].item(),
@@ -300,7 +317,7 @@ def _example_rows(found: Walk) -> list[_Row]:
                 acc=(after.out[row, 0] * after.row_sum[row]).item(),
                 out=after.out[row, 0].item(),
                 whole_row=after.out[row].tolist(),
-                error=f"below {_BOUND}" if error < walk.ROUNDING else f"{error:.3f}",
+                error=f"below {_power_of_ten(walk.ROUNDING)}" if error < walk.ROUNDING else f"{error:.3f}",
             )
         )
     return rows

@@ -199,7 +199,7 @@
     if (step.kind === "partial") words.push("The diagonal crosses this tile: later keys are hidden (−∞).");
     if (lastStepOf(step.q_tile) === position - 1) {
       const skipped = walk().kinds[step.q_tile].filter((kind) => kind === "empty").length;
-      words.push(`These rows are complete and exact${skipped > 0 ? `; ${skipped} empty tile${skipped > 1 ? "s are" : " is"} skipped` : ""}.`);
+      words.push(`These rows are complete: what error is left is float32 rounding.${skipped > 0 ? ` ${skipped} empty tile${skipped > 1 ? "s are" : " is"} skipped.` : ""}`);
     }
     return [title, words.join(" ")];
   }

@@ -84,9 +84,10 @@ def take(mask_name: str) -> Walk:
     scores = scores.masked_fill(~masks.is_visible(mask, positions[:, None], positions, 0), -math.inf)
     exact = oracle(q, k, v, causal=mask.is_causal)[0][0, :, 0]
     states = [_state_after(mask, scores, end) for end in range(0, SEQLEN + 1, TILES.block_kv)]
-    kinds = tuple(_kinds_of_rows(mask, rows) for rows in _row_slices())
+    kinds = tile_kinds(mask, seqlen=SEQLEN, tiles=TILES)
     steps: list[Step] = []
-    for q_tile_idx, rows in enumerate(_row_slices()):
+    for q_tile_idx in range(SEQLEN // TILES.block_q):
+        rows = _rows(q_tile_idx)
         for kv_tile_idx, kind in enumerate(kinds[q_tile_idx]):
             if kind != "empty":
                 steps.append(
@@ -100,6 +101,23 @@ def take(mask_name: str) -> Walk:
                     )
                 )
     return Walk(scores=scores, values=v[0, :, 0], exact=exact, kinds=kinds, steps=tuple(steps))
+
+
+def tile_kinds(mask: MaskSpec, *, seqlen: int, tiles: TileConfig) -> tuple[tuple[TileKind, ...], ...]:
+    """What a mask leaves of each tile of a square score matrix, by query tile and kv tile."""
+    kinds: list[tuple[TileKind, ...]] = []
+    for begin in range(0, seqlen, tiles.block_q):
+        lengths = {"seqlen_q": seqlen, "seqlen_kv": seqlen}
+        found = masks.kv_tiles(
+            mask, **lengths, q_begin=begin, q_end=min(begin + tiles.block_q, seqlen), block_kv=tiles.block_kv
+        )
+        kinds.append(
+            tuple(
+                "full" if found.is_full(tile_idx) else "partial" if found.begin <= tile_idx < found.end else "empty"
+                for tile_idx in range(-(-seqlen // tiles.block_kv))
+            )
+        )
+    return tuple(kinds)
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +174,7 @@ def _step(
     *, scores: Tensor, exact: Tensor, place: tuple[int, int], before: RowState, after: RowState, num_before: int
 ) -> Step:
     q_tile_idx, kv_tile_idx = place
-    rows = slice(q_tile_idx * TILES.block_q, (q_tile_idx + 1) * TILES.block_q)
+    rows = _rows(q_tile_idx)
     s = scores[rows, kv_tile_idx * TILES.block_kv : (kv_tile_idx + 1) * TILES.block_kv]
     tiles_passed = q_tile_idx * (SEQLEN // TILES.block_kv) + kv_tile_idx + 1
     return Step(
@@ -174,18 +192,8 @@ def _step(
     )
 
 
-def _row_slices() -> list[slice]:
-    return [slice(begin, begin + TILES.block_q) for begin in range(0, SEQLEN, TILES.block_q)]
-
-
-def _kinds_of_rows(mask: MaskSpec, rows: slice) -> tuple[TileKind, ...]:
-    tiles = masks.kv_tiles(
-        mask, seqlen_q=SEQLEN, seqlen_kv=SEQLEN, q_begin=rows.start, q_end=rows.stop, block_kv=TILES.block_kv
-    )
-    return tuple(
-        "full" if tiles.is_full(tile_idx) else "partial" if tiles.begin <= tile_idx < tiles.end else "empty"
-        for tile_idx in range(SEQLEN // TILES.block_kv)
-    )
+def _rows(q_tile_idx: int) -> slice:
+    return slice(q_tile_idx * TILES.block_q, (q_tile_idx + 1) * TILES.block_q)
 
 
 # --- for the page -----------------------------------------------------------------------------------------------------

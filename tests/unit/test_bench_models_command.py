@@ -56,7 +56,7 @@ def test_models_print_tables_and_write_the_default_file(capsys: pytest.CaptureFi
         WHAT_A_GPU_ADDS,
     ):
         assert part in out
-    assert "[1/5] train tiny layers=1 seqlen=8 batch=128 float32" in err
+    assert "[1/5] train tiny layers=1 seqlen=8 batch=64 float32" in err
     assert "[4/5] limits tiny largest-batch seqlen=512 float32" in err
     found = results.load(Path("out/bench_models_cpu.json"), ModelResults)
     assert found.is_complete and len(found.rows) == 9 and len(found.limits) == 6

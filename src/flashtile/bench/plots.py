@@ -391,6 +391,7 @@ def _themed(tag: str) -> str:
     tag = re.sub(r'<g id="[^"]*"', "<g", tag).replace("xlink:href", "href")
     tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
     tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
+    tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)  # of a point, which is 1/72 in
     for placeholder, variable, light, _ in _COLORS:
         tag = tag.replace(placeholder, f"var({variable}, {light})")
     return tag

@@ -91,11 +91,11 @@ class ModelRow(Row):
     """Most memory held at one time, ``state_bytes`` included."""
     state_bytes: int | None = None
     """What is held between two steps: weights, the optimizer's sums, the cache of keys and values, the inputs."""
-    attention_ms: float | None = None
-    """Between the begin and the end of the attention calls, forward and backward, summed over the layers; measured in
-    runs of their own. What lies between the calls (projections, rotary positions) does not count."""
     attention_share: float | None = None
-    """Of the time of those same runs, 0 to 1."""
+    """Of the time, 0 to 1: from the begin to the end of each attention call, forward and backward, summed over the
+    layers, in runs of their own. What lies between the calls (projections, rotary positions) does not count."""
+    attention_ms: float | None = None
+    """That share of the median."""
     difference: float | None = None
     """As in ``KernelRow``, of what the whole model computes."""
     speedup_over_naive: float | None = None

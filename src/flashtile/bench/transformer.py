@@ -40,6 +40,8 @@ class ModelShape:
 class KVCache:
     """Keys and values of the tokens that a model has read, of every layer.
 
+    They are stored head by head, as most models' are: the naive formula multiplies them without copying them first.
+
     Args:
         shape: the model's.
         batch: sequences, all of one length.
@@ -50,7 +52,7 @@ class KVCache:
     def __init__(
         self, shape: ModelShape, *, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        sizes = (shape.layers, batch, capacity, shape.heads, shape.head_dim)
+        sizes = (shape.layers, batch, shape.heads, capacity, shape.head_dim)
         self.k, self.v = (torch.zeros(sizes, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
         """Tokens that it holds; the model reads on from there."""
@@ -59,8 +61,8 @@ class KVCache:
         """Stores the new tokens' k and v [batch, new, heads, head_dim]; returns all of the layer's, old and new."""
         begin, end = self.length, self.length + k.shape[1]
         for stored, new in ((self.k, k), (self.v, v)):
-            stored[layer_idx, :, begin:end] = new
-        return self.k[layer_idx, :, :end], self.v[layer_idx, :, :end]
+            stored[layer_idx, :, :, begin:end] = new.transpose(1, 2)
+        return self.k[layer_idx, :, :, :end].transpose(1, 2), self.v[layer_idx, :, :, :end].transpose(1, 2)
 
 
 class Transformer(nn.Module):

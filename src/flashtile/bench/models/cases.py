@@ -149,7 +149,7 @@ GRIDS: dict[str, ModelGrid] = {
         sizes=("tiny",),
         seqlens=(128, 512, 1024, 2048),
         dtype="float32",
-        train_tokens=1024,
+        train_tokens=512,
         decode_batch=1,
         limit_seqlen=512,
     ),

@@ -17,7 +17,7 @@ from flashtile.bench.models.cases import GRIDS, MODES, QUICK_AXES, SIZES, LimitC
 from flashtile.bench.results import ModelResults
 from flashtile.bench.session import Benchmark, Report
 
-_EFFORT = Effort(cpu_s=2.0, cuda_s=1.5, quick_s=0.5, min_rounds=3, quick_min_rounds=2)
+_EFFORT = Effort(cpu_s=1.0, cuda_s=1.5, quick_s=0.5, min_rounds=3, quick_min_rounds=2)
 _LIMITS = "limits"
 
 

@@ -15,8 +15,7 @@ from functools import partial
 import torch
 
 from flashtile.bench import environment, timing
-from flashtile.bench.formula import AttentionFn
-from flashtile.bench.models.cases import LimitCase
+from flashtile.bench.models.cases import LimitCase, ModelCase
 from flashtile.bench.models.peers import ModelPeer
 from flashtile.bench.models.workloads import Training
 from flashtile.bench.results import LimitRow
@@ -59,14 +58,14 @@ def _find(case: LimitCase, peer: ModelPeer, device: torch.device, *, budget_s: f
     points = _POINTS[case.axis]
     if (reason := environment.lack_of_memory(case.at(points[-1]).least_bytes, device)) is not None:
         return LimitRow(case=case, peer=peer.name, status="failed", reason=reason)
-    training, attention = Training(case.at(points[0]), device), peer.make()
-    training.run(attention)  # what the first call compiles or keeps is no cost of a step
+    training = Training(case.at(points[0]), device)
+    training.run(peer.make())  # what the first call compiles or keeps is no cost of a step
     timing.release_memory()
     free_bytes = environment.available_bytes(device)
     if free_bytes is None:
         return LimitRow(case=case, peer=peer.name, status="failed", reason="nobody says how much memory is free")
     row = partial(LimitRow, case=case, peer=peer.name, memory_bytes=training.state_bytes + free_bytes)
-    peaks = [training.resized(case.at(value)).activation_bytes(attention) for value in points]
+    peaks = [training.resized(case.at(value)).activation_bytes(peer.make()) for value in points]
     granularity = _GRANULARITY[case.axis]
 
     def is_promised(value: int) -> bool:
@@ -77,7 +76,7 @@ def _find(case: LimitCase, peer: ModelPeer, device: torch.device, *, budget_s: f
         return row(status="extrapolated", largest=promised)
 
     def fits(value: int) -> bool:
-        return _fits(training, attention, case, value, device)
+        return _fits(training, peer, case.at(value), device)
 
     def is_over() -> bool:
         return time.perf_counter() > deadline
@@ -88,9 +87,9 @@ def _find(case: LimitCase, peer: ModelPeer, device: torch.device, *, budget_s: f
     return row(status="tried", largest=found, too_large=too_large)
 
 
-def _fits(training: Training, attention: AttentionFn, case: LimitCase, value: int, device: torch.device) -> bool:
+def _fits(training: Training, peer: ModelPeer, case: ModelCase, device: torch.device) -> bool:
     try:
-        training.resized(case.at(value)).run(attention)
+        training.resized(case).run(peer.make())
         torch.cuda.synchronize(device)
         is_fitting = True
     except Exception as error:

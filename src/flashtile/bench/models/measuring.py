@@ -88,7 +88,6 @@ class _FirstRuns:
     peak_bytes: int
     state_bytes: int
     difference: float | None
-    attention_ms: float
     attention_share: float
 
 
@@ -158,7 +157,7 @@ class _Trial:
             difference = self.checker.difference(peer.name, self.workload.probe(attention))
             run = partial(self.workload.run, attention)
             peak_extra = peak_extra_bytes(run, self.device)
-            attention_ms, share = self._attention_of(attention)
+            attention_share = self._share_of(attention)
         except Exception as error:
             failure = Failure.of(error)
             return row(status=failure.status, reason=failure.reason)
@@ -169,24 +168,22 @@ class _Trial:
             peak_bytes=state_bytes + peak_extra,
             state_bytes=state_bytes,
             difference=difference,
-            attention_ms=attention_ms,
-            attention_share=share,
+            attention_share=attention_share,
         )
 
-    def _attention_of(self, attention: AttentionFn) -> tuple[float, float]:
-        """(milliseconds in attention calls, their share of the run's time), medians of a few runs."""
+    def _share_of(self, attention: AttentionFn) -> float:
+        """The share of the attention calls in the time, the median of a few runs."""
         watch = AttentionClock(self.device)
         watched = watch.around(attention)
-        times_ms, shares = [], []
+        shares: list[float] = []
         begin = time.perf_counter()
-        while not times_ms or (len(times_ms) < _SPLIT_RUNS and time.perf_counter() - begin < self.split_s):
+        while not shares or (len(shares) < _SPLIT_RUNS and time.perf_counter() - begin < self.split_s):
             self.clock.begin_round()
             total_ms = self.clock.time_ms(partial(self.workload.run, watched))
             self.clock.end_round()
             seconds = watch.take()
-            times_ms.append(1e3 * (seconds.forward + seconds.backward))
-            shares.append(times_ms[-1] / total_ms())
-        return median(times_ms), median(shares)
+            shares.append(1e3 * (seconds.forward + seconds.backward) / total_ms())
+        return median(shares)
 
 
 def _measured_row(
@@ -201,8 +198,8 @@ def _measured_row(
         timing=timed,
         peak_bytes=first.peak_bytes,
         state_bytes=first.state_bytes,
-        attention_ms=first.attention_ms,
         attention_share=first.attention_share,
+        attention_ms=first.attention_share * timed.median_ms,
         difference=first.difference,
         speedup_over_naive=timing.speedup(timed, timings.get(NAIVE)),
         speedup_over_sdpa=timing.speedup(timed, timings.get(SDPA)),

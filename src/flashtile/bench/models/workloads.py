@@ -61,6 +61,7 @@ class Training:
 
     def resized(self, case: ModelCase) -> Training:
         """The same model and optimizer, from now on with tokens of another batch and length."""
+        self.model.attention = naive_attention  # the last one may keep a mask of the old length
         self._tokens = _random_tokens(case, self._device, seqlen=case.seqlen + 1)
         return self
 

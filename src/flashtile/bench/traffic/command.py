@@ -19,13 +19,13 @@ from flashtile.bench.traffic import measuring
 from flashtile.bench.traffic.peers import PEERS
 from flashtile.spec import accounting
 
-_EFFORT = Effort(cpu_s=2.0, cuda_s=0.5, quick_s=0.5, min_rounds=5, quick_min_rounds=3)
+_EFFORT = Effort(cpu_s=1.0, cuda_s=0.5, quick_s=0.5, min_rounds=3, quick_min_rounds=3)
 _DIRECTIONS = get_args(accounting.Direction)
 _CPU_GRID = Grid(
     directions=_DIRECTIONS,
     dtypes=("float32",),
     head_dims=(64,),
-    seqlens=(256, 512, 1024, 2048, 4096),
+    seqlens=(256, 512, 1024, 2048),
     hidden_size=512,
     tokens=1,
 )

@@ -22,8 +22,8 @@ def conditions(results: IoResults) -> list[str]:
         "bytes, read plus written.",
         "Predicted: the naive formula at its best, each step reading its operands and writing its results once, scores "
         "in float32; tiles as flashtile plans them.",
-        f"{counted} At most: the time at the speed of a copy, an upper bound; what is measured below is the count, or "
-        "this bound (<=) where there is none.",
+        f"{counted} At most: what a copy moves in the same time, an upper bound. At copy speed: the part of the time "
+        "that the predicted bytes take there; where it is small, something else than memory sets the time.",
     ]
 
 

@@ -14,7 +14,7 @@ from flashtile.bench.terminal import empty_table, print_lines, print_whole, spre
 from flashtile.bench.traffic.summary import conditions, findings
 
 MB = 10**6
-_FIGURES = ("ms", "spread", "predicted MB", "counted MB", "at most MB", "measured / predicted")
+_FIGURES = ("ms", "spread", "predicted MB", "counted MB", "counted / predicted", "at most MB", "at copy speed")
 
 
 def print_results(results: IoResults, console: Console | None = None) -> None:
@@ -39,13 +39,14 @@ def _cells(row: IoRow) -> tuple[str, ...]:
     """As ``_FIGURES`` says."""
     predicted = three_digits(row.predicted_bytes / MB)
     if row.timing is None or row.bound_bytes is None:
-        return WORDS[row.status], "", predicted, "", "", ""
-    measured, sign = (row.bound_bytes, "<= ") if row.counted_bytes is None else (row.counted_bytes, "")
+        return WORDS[row.status], "", predicted, "", "", "", ""
+    counted = row.counted_bytes
     return (
         three_digits(row.timing.median_ms),
         spread(row.timing),
         predicted,
-        "" if row.counted_bytes is None else three_digits(row.counted_bytes / MB),
+        "" if counted is None else three_digits(counted / MB),
+        "" if counted is None else f"{counted / row.predicted_bytes:.2f}",
         three_digits(row.bound_bytes / MB),
-        f"{sign}{measured / row.predicted_bytes:.2f}",
+        f"{row.predicted_bytes / row.bound_bytes:.1%}",
     )

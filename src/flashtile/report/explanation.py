@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashtile.backends.cpu import tiled
-from flashtile.bench import plots
 from flashtile.errors import MissingExtra
 from flashtile.report import explanation_figures, explanation_numbers, walk
 from flashtile.spec import dropout, units

@@ -34,7 +34,7 @@ def test_line_charts_have_their_labels_and_no_fixed_colour(has_log_y: bool) -> N
 
 def test_lengths_are_written_short() -> None:
     axis = plots.length_axis([16384, 128, 1536, 1000, 128])
-    assert axis.ticks == [128, 1000, 1536, 16384] and axis.format_tick is not None
+    assert axis.ticks is not None and list(axis.ticks) == [128, 1000, 1536, 16384] and axis.format_tick is not None
     assert [axis.format_tick(tick) for tick in axis.ticks] == ["128", "1000", "1.5k", "16k"]
 
 

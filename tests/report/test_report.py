@@ -106,6 +106,12 @@ def test_ratios_and_figures_of_a_stored_run_are_those_of_its_file() -> None:
     assert len(each.rows) == len({json.dumps(row["case"]) for row in rows})
 
 
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.name)
+def test_every_stored_run_makes_a_page(path: Path) -> None:
+    (title,) = re.findall(r'<section id="run-1" class="run">\s*<h2>(.*?)</h2>', command.document([path]))
+    assert results.load(path).environment.device_name in title
+
+
 def test_every_case_is_a_row_and_what_all_share_is_said_once() -> None:
     found = kernels.section("a.json", "run-1", measured.kernels())
     table = table_with(found, "x FlexAttention")
@@ -130,12 +136,23 @@ def test_views_have_a_chart_for_each_head_dim_and_causal_ones_come_first() -> No
         "Backward, causal",
         "Backward, full",
     ]
-    speed, memory = part.views[0].rows
-    assert [chart.heading for chart in speed.charts] == ["Speed, head_dim 128"]
-    assert [chart.heading for chart in memory.charts] == ["Memory, head_dim 128"]
-    assert [key.label for key in speed.legend] == ["flashtile", "FlexAttention", "cuDNN in torch", "naive formula"]
-    assert len({key.color for key in speed.legend}) == 4
-    assert "% of a matrix product" in Reader(speed.charts[0].svg).text
+    (row,) = part.views[0].rows
+    assert [chart.heading for chart in row.charts] == ["Speed, head_dim 128", "Memory, head_dim 128"]
+    assert [key.label for key in row.legend] == ["flashtile", "FlexAttention", "cuDNN in torch", "naive formula"]
+    assert len({key.color for key in row.legend}) == 4
+    assert "% of a matrix product" in Reader(row.charts[0].svg).text
+
+
+def test_several_head_dims_stand_side_by_side_memory_below_speed() -> None:
+    run = measured.kernels()
+    some = [row for row in run.rows if row.case.direction == "forward" and row.case.is_causal]
+    wider = [replace(row, case=replace(row.case, head_dim=256)) for row in some]
+    found = kernels.section("a.json", "run-1", replace(run, rows=(*some, *wider)))
+    (view,) = [view for part in found.parts for view in part.views]
+    assert [[chart.heading for chart in row.charts] for row in view.rows] == [
+        ["Speed, head_dim 128", "Speed, head_dim 256"],
+        ["Memory, head_dim 128", "Memory, head_dim 256"],
+    ]
 
 
 def test_a_single_length_is_drawn_as_bars() -> None:
@@ -153,6 +170,7 @@ def test_a_run_of_models_shows_claims_limits_and_where_memory_ended() -> None:
         "Training step: 1.25x to 2.39x as fast as with the naive formula, with up to 11.2x less memory."
         in found.summary
     )
+    assert "1.03x to 1.26x as fast as with torch's default." in found.summary
     claims = table_with(found, "claim")
     assert claims.rows[0][0].text == "small (12 layers) at 512 tokens: 100 ms → 25 ms (4x faster)"
     assert [cell.text for cell in claims.rows[0][1:3]] == ["40.0 ms → 32.0 ms (1.25x) at batch 2", "no"]
@@ -164,11 +182,8 @@ def test_a_run_of_models_shows_claims_limits_and_where_memory_ended() -> None:
     assert column(limits, "how it is known") == ["tried", "extrapolated", "nobody says how much"]
     (part,) = [part for part in found.parts if part.views]
     assert [view.name for view in part.views] == ["Training step", "One more token"]
-    assert [row.charts[0].heading for row in part.views[0].rows] == [
-        "Speed-up, small",
-        "Time, small",
-        "Peak memory, small",
-    ]
+    (row,) = part.views[0].rows
+    assert [chart.heading for chart in row.charts] == ["Speed-up, small", "Time, small", "Peak memory, small"]
 
 
 @pytest.mark.parametrize("is_counted", [True, False])

@@ -140,7 +140,7 @@ def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
         raise _Mismatch(f"{where} {error}", "fields that agree") from None
 
 
-def _is_int64(value: int) -> bool:
+def _is_int64(value: Any) -> bool:
     """Nothing that is counted has more digits, and arithmetic with floats fails on numbers that have many more."""
     return -(2**63) <= value < 2**63
 

@@ -101,7 +101,7 @@ class Ratios:
     mean: float
 
 
-def length_axis(seqlens: Iterable[int]) -> Axis:
+def length_axis(seqlens: Iterable[float]) -> Axis:
     """Of sequence lengths, which are powers of two more often than not: ``512``, ``1k``, ``16k``."""
 
     def written(tokens: float) -> str:

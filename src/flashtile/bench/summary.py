@@ -191,6 +191,11 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
+def times(ratio: float) -> str:
+    """``2.8x``, ``254x``."""
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x"
+
+
 def three_digits(value: float) -> str:
     """Three significant digits, never in exponent notation."""
     decimals = next((n for n, bound in enumerate((100, 10, 1, 0.1, 0.01)) if abs(value) >= bound), 5)

@@ -46,6 +46,12 @@ def row(plotted: Sequence[Plot]) -> Row | None:
     )
 
 
+def rows(*plotted: Sequence[Plot]) -> tuple[Row, ...]:
+    """A row for each group of charts; a single one if no group has more than one chart."""
+    groups = plotted if max(map(len, plotted)) > 1 else [[plot for group in plotted for plot in group]]
+    return tuple(found for found in map(row, groups) if found is not None)
+
+
 def _legend(lines: Sequence[Line]) -> tuple[Key, ...]:
     """Each label once; those that stand out come first."""
     keys = {

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashtile.backends.cpu import tiled
+from flashtile.bench.summary import times
 from flashtile.errors import MissingExtra
 from flashtile.report import explanation_figures, explanation_numbers, walk
 from flashtile.spec import dropout, units
@@ -121,10 +122,6 @@ def _decimals(number: float, digits: int) -> str:
     return text.replace("-", "−")
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.1f}x"
-
-
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
 
@@ -134,7 +131,7 @@ _FILTERS: dict[str, Callable[..., str]] = {
     "flops": units.in_flops,
     "seconds": _seconds,
     "decimals": _decimals,
-    "times": _times,
+    "times": times,
     "percent": _percent,
     "count": "{:,}".format,
     "rate": lambda bytes_per_s: f"{bytes_per_s / 1e9:,.0f} GB/s",

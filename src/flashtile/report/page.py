@@ -104,7 +104,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Something under a heading of its own; what is empty is left out."""
+    """Something under a heading of its own; the page leaves out what is empty."""
 
     heading: str
     note: str = ""
@@ -114,6 +114,11 @@ class Part:
     tables: tuple[Table, ...] = ()
     is_folded: bool = False
     """Whether the reader has to open it."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to show; a note alone is nothing."""
+        return not (self.points or self.charts or self.views or self.tables)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,15 +68,11 @@ def views(run: Run) -> tuple[View, ...]:
 
 
 def _rows(run: Run, name: str, cases: Sequence[BenchCase]) -> tuple[Row, ...]:
-    """Speed in one row, memory in the next, with a chart for each head_dim; bars if there is a single length."""
+    """Speed in one row, memory in the next, a chart for each head_dim; bars if there is a single length."""
     if len({case.seqlen for case in cases}) == 1:
         return _bars(run, name, cases)
     by_head_dim = [[case for case in cases if case.head_dim == size] for size in sorted({c.head_dim for c in cases})]
-    rows = (
-        charts.row([_speed(run, name, of) for of in by_head_dim]),
-        charts.row([_memory(run, name, of) for of in by_head_dim]),
-    )
-    return tuple(row for row in rows if row is not None)
+    return charts.rows([_speed(run, name, of) for of in by_head_dim], [_memory(run, name, of) for of in by_head_dim])
 
 
 def _speed(run: Run, name: str, cases: Sequence[BenchCase]) -> Plot:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import geometric_mean
 
 from flashtile.bench import summary
 from flashtile.bench.baselines import FLASHTILE, NAIVE
-from flashtile.bench.cases import BenchCase
-from flashtile.bench.results import KernelResults
-from flashtile.bench.summary import in_words, listed, peer_title, three_digits
+from flashtile.bench.results import KernelResults, KernelRow
+from flashtile.bench.summary import in_words, listed, peer_title, three_digits, times
 from flashtile.report import provenance
 from flashtile.report.kernels import charts, tables
 from flashtile.report.kernels.run import Run, by_direction, plain
@@ -116,7 +114,7 @@ def _summary(run: Run) -> str:
     sentences = []
     if NAIVE in run.known:
         saved = _most_memory_saved(run)
-        memory = f", with up to {saved.factor} less memory" if saved else ""
+        memory = f", with up to {times(_memory_ratio(*saved))} less memory" if saved else ""
         speed = _in_directions(run.means(NAIVE), of=" the naive formula's speed")
         sentences.append(f"{speed}{memory}.")
     others = {peer: run.means(peer) for peer in run.known if peer != NAIVE}
@@ -145,30 +143,18 @@ def _warnings(run: Run) -> tuple[str, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class _MemorySaved:
-    case: BenchCase
-    naive_bytes: int
-    bytes: int
-
-    @property
-    def ratio(self) -> float:
-        return self.naive_bytes / self.bytes
-
-    @property
-    def factor(self) -> str:
-        return f"{self.ratio:,.0f}x" if self.ratio >= 10 else f"{self.ratio:.1f}x"
+def _most_memory_saved(run: Run) -> tuple[KernelRow, KernelRow] | None:
+    """(naive's row, flashtile's) of the case in which the naive peak is the largest multiple of flashtile's."""
+    pairs = [(run.rows.get((case, NAIVE)), run.rows.get((case, FLASHTILE))) for case in run.cases]
+    known = [(naive, ours) for naive, ours in pairs if naive and ours and _memory_ratio(naive, ours) > 1]
+    return max(known, key=lambda pair: _memory_ratio(*pair), default=None)
 
 
-def _most_memory_saved(run: Run) -> _MemorySaved | None:
-    """The case in which the naive formula's peak is the largest multiple of flashtile's; None if it never is larger."""
-    rows = run.rows
-    found = []
-    for case in run.cases:
-        ours, naive = (getattr(rows.get((case, peer)), "peak_extra_bytes", None) for peer in (FLASHTILE, NAIVE))
-        if ours and naive and naive > ours:
-            found.append(_MemorySaved(case=case, naive_bytes=naive, bytes=ours))
-    return max(found, key=lambda saved: saved.ratio, default=None)
+def _memory_ratio(naive: KernelRow, ours: KernelRow) -> float:
+    """0 where it is not known."""
+    if not naive.peak_extra_bytes or not ours.peak_extra_bytes:
+        return 0.0
+    return naive.peak_extra_bytes / ours.peak_extra_bytes
 
 
 def _headlines(run: Run) -> tuple[Headline, ...]:
@@ -177,19 +163,20 @@ def _headlines(run: Run) -> tuple[Headline, ...]:
         mean = geometric_mean(of.values())
         shown.append(
             Headline(
-                value=f"{mean:.1f}x",
+                value=times(mean),
                 label=f"the naive formula's speed, {direction}",
                 detail=f"geometric mean of {len(of)} calls; {min(of.values()):.2f}x to {max(of.values()):.2f}x",
                 is_behind=mean < 1,
             )
         )
     if saved := _most_memory_saved(run):
+        naive, ours = saved
         shown.append(
             Headline(
-                value=f"{saved.factor} less",
+                value=f"{times(_memory_ratio(naive, ours))} less",
                 label="memory than the naive formula, at most",
-                detail=f"{in_decimal_bytes(saved.bytes)} instead of {in_decimal_bytes(saved.naive_bytes)}: "
-                f"{saved.case.direction}, {saved.case.seqlen:,} tokens",
+                detail=f"{in_decimal_bytes(ours.peak_extra_bytes or 0)} instead of "
+                f"{in_decimal_bytes(naive.peak_extra_bytes or 0)}: {ours.case.direction}, {ours.case.seqlen:,} tokens",
             )
         )
     others = {peer: geometric_mean(plain(of).values()) for peer, of in run.known.items() if peer != NAIVE}

@@ -26,13 +26,14 @@ def views(run: Run) -> tuple[View, ...]:
     shown = []
     for mode in run.modes:
         sizes = list(dict.fromkeys(case.size for case in run.cases if case.mode == mode))
-        rows = (
-            charts.row([_speedup(run, mode, size) for size in sizes]),
-            charts.row([_time(run, mode, size) for size in sizes]),
-            charts.row([_memory(run, mode, size) for size in sizes]),
+        rows = charts.rows(
+            [_speedup(run, mode, size) for size in sizes],
+            [_time(run, mode, size) for size in sizes],
+            [_memory(run, mode, size) for size in sizes],
         )
-        shown.append(View(name=IN_WORDS[mode].capitalize(), rows=tuple(row for row in rows if row is not None)))
-    return tuple(view for view in shown if view.rows)
+        if rows:
+            shown.append(View(name=IN_WORDS[mode].capitalize(), rows=rows))
+    return tuple(shown)
 
 
 def _speedup(run: Run, mode: Mode, size: str) -> Plot:

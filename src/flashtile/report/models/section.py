@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import geometric_mean
 
 from flashtile.bench import summary
@@ -10,7 +11,7 @@ from flashtile.bench.models import claims
 from flashtile.bench.models.cases import ModelCase
 from flashtile.bench.models.summary import conditions, findings
 from flashtile.bench.results import ModelResults
-from flashtile.bench.summary import listed, peer_title
+from flashtile.bench.summary import listed, peer_title, times
 from flashtile.report import provenance
 from flashtile.report.models import charts, tables
 from flashtile.report.models.run import IN_WORDS, Run
@@ -95,14 +96,16 @@ def _summary(run: Run) -> str:
     if not run.pairs:
         return "There is nothing to compare flashtile with in this run."
     sentences = []
-    for mode in dict.fromkeys(pair.case.mode for pair in run.pairs):
+    for mode in run.modes:
         of = [pair for pair in run.pairs if pair.case.mode == mode]
-        speeds = [pair.speedup for pair in of]
-        memory = f", with up to {max(pair.memory_ratio for pair in of):.1f}x less memory" if mode != "decode" else ""
-        sentences.append(
-            f"{IN_WORDS[mode].capitalize()}: {min(speeds):.2f}x to {max(speeds):.2f}x as fast as with the naive "
-            f"formula{memory}."
-        )
+        if of:
+            speeds, saved = [pair.speedup for pair in of], max(pair.memory_ratio for pair in of)
+            memory = f", with up to {times(saved)} less memory" if saved >= 1.05 else ""
+            sentences.append(
+                f"{IN_WORDS[mode].capitalize()}: {_span(speeds)} as fast as with the naive formula{memory}."
+            )
+    if run.speedups_over_sdpa:
+        sentences.append(f"{_span(run.speedups_over_sdpa)} as fast as with {peer_title(SDPA)}.")
     only_ours = [
         case
         for case in run.cases
@@ -116,23 +119,28 @@ def _summary(run: Run) -> str:
     return " ".join(sentences)
 
 
+def _span(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
+
+
 def _headlines(run: Run) -> tuple[Headline, ...]:
     shown = []
-    for mode in dict.fromkeys(pair.case.mode for pair in run.pairs):
-        best = max((pair for pair in run.pairs if pair.case.mode == mode), key=lambda pair: pair.speedup)
-        shown.append(
-            Headline(
-                value=f"{best.speedup:.1f}x",
-                label=f"the naive formula's speed, {IN_WORDS[mode]}, at most",
-                detail=_place(best.case),
-                is_behind=best.speedup < 1,
+    for mode in run.modes:
+        of = [pair for pair in run.pairs if pair.case.mode == mode]
+        if best := max(of, key=lambda pair: pair.speedup, default=None):
+            shown.append(
+                Headline(
+                    value=times(best.speedup),
+                    label=f"the naive formula's speed, {IN_WORDS[mode]}, at most",
+                    detail=_place(best.case),
+                    is_behind=best.speedup < 1,
+                )
             )
-        )
     if run.pairs:
         best = max(run.pairs, key=lambda pair: pair.memory_ratio)
         shown.append(
             Headline(
-                value=f"{best.memory_ratio:.1f}x less",
+                value=f"{times(best.memory_ratio)} less",
                 label="memory than with the naive formula, at most",
                 detail=f"{best.tiled.peak_mb:,.0f} MB instead of {best.naive.peak_mb:,.0f} MB: {best.case.mode}, "
                 f"{_place(best.case)}",
@@ -145,7 +153,7 @@ def _headlines(run: Run) -> tuple[Headline, ...]:
             Headline(
                 value=f"{mean:.2f}x",
                 label=f"the speed with {peer_title(SDPA)}",
-                detail=f"geometric mean of {len(ratios)} cases; {min(ratios):.2f}x to {max(ratios):.2f}x",
+                detail=f"geometric mean of {len(ratios)} cases; {_span(ratios)}",
                 is_behind=mean < 1,
             )
         )

@@ -56,7 +56,7 @@ def comparison(results: ModelResults) -> Table:
         *(f"{peer_title(peer)}, ms" for peer in peers),
         *(f"x {peer_title(peer)}" for peer in (NAIVE, SDPA)),
         *(f"{peer_title(peer)}, memory" for peer in peers),
-        "times less memory than naive",
+        "less memory than naive",
         "attention's share of naive",
         "limit",
     )

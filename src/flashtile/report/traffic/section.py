@@ -6,7 +6,7 @@ from flashtile.bench import summary
 from flashtile.bench.baselines import FLASHTILE, NAIVE
 from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import IoResults, IoRow
-from flashtile.bench.summary import in_words, listed, three_digits
+from flashtile.bench.summary import in_words, listed, three_digits, times
 from flashtile.bench.traffic.summary import comparisons, conditions, findings
 from flashtile.report import provenance
 from flashtile.report.page import Headline, Part, Point, Section
@@ -94,7 +94,7 @@ def _headline(naive: IoRow, tiled: IoRow, case: BenchCase) -> Headline:
     )
     ratio = naive.predicted_bytes / tiled.predicted_bytes
     return Headline(
-        value=f"{ratio:,.1f}x fewer",
+        value=f"{times(ratio)} fewer",
         label=f"bytes than the naive formula, {case.direction}, by prediction",
         detail=f"{in_decimal_bytes(tiled.predicted_bytes)} instead of {in_decimal_bytes(naive.predicted_bytes)}"
         f"{counted}: {in_words(case)}",

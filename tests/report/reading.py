@@ -17,6 +17,8 @@ HOSTILE = (
     "\ud800 \u202e \x00 😀",
 )
 """What a page shows as it is, or a replacement for characters that no page can hold, and never obeys."""
+HOSTILE_TEXTS = ("".join(HOSTILE[:4]), "".join(HOSTILE[4:]))
+"""All of it."""
 
 
 class Reader(HTMLParser):

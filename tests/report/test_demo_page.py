@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from reading import HOSTILE, Reader, assert_safe
+from reading import HOSTILE_TEXTS, Reader, assert_safe
 
 from flashtile.backends.base import Plan
 from flashtile.bench.transformer import ModelShape
@@ -14,7 +14,7 @@ from flashtile.demo.corpus import Corpus
 from flashtile.demo.results import Comparison, RunResult, Sample, StepRecord
 from flashtile.demo.training import TrainingSettings
 
-TEXT = "".join(HOSTILE[:4])
+TEXT = HOSTILE_TEXTS[0]
 SETTINGS = TrainingSettings(
     device=torch.device("cpu"),
     steps=3,
@@ -112,7 +112,9 @@ def test_a_slower_flashtile_is_called_slower() -> None:
     verdicts = {row.label: row.verdict for row in summary.table(comparison)}
     assert verdicts["tokens per second"] == verdicts["time per step"] == "2.0x slower"
     assert verdicts["peak memory of a step"] == "2.0x more"
-    equal = replace(COMPARISON, flashtile=run_result("flashtile", 1.01))
+    assert [headline.is_behind for headline in summary.headlines(comparison)] == [False, True, True, True]
+    equal = replace(COMPARISON, flashtile=run_result("flashtile", 0.99))
+    assert not any(headline.is_behind for headline in summary.headlines(equal))
     assert {row.verdict for row in summary.table(equal)} == {"about equal", ""}
 
 

@@ -46,6 +46,20 @@ def test_a_short_logarithmic_axis_has_more_than_one_tick() -> None:
     assert len(re.findall(r"[\d.e+]+ B", Reader(svg).text)) >= 2
 
 
+def test_what_a_logarithmic_axis_cannot_show_leaves_a_gap() -> None:
+    lines = [Line(label="x", x=[1, 2, 3, 4, 5], y=[1.0, 2.0, 0.0, 2.0, 3.0])]
+    axis = Axis(label="x")
+    linear, log = (
+        plots.line_chart(lines, title="t", x=axis, y=Axis(label="y", is_log=is_log)) for is_log in (False, True)
+    )
+    color = re.escape(plots.css_color(0)[: -len(")")])
+    drawn = [
+        re.findall(rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {color}', svg)
+        for svg in (linear, log)
+    ]
+    assert [path.count("M") for (path,) in drawn] == [1, 2]
+
+
 def test_a_legend_can_be_the_page_s() -> None:
     lines = [Line(label="one", x=[1, 2], y=[1.0, 2.0]), Line(label="two", x=[1, 2], y=[2.0, 1.0])]
     shown, hidden = (

@@ -17,7 +17,7 @@ from typing import Any
 
 import measured
 import pytest
-from reading import HOSTILE, Reader, assert_safe
+from reading import HOSTILE_TEXTS, Reader, assert_safe
 
 from flashtile.bench import documents, results
 from flashtile.bench.documents import Document, InvalidResults
@@ -183,7 +183,11 @@ def test_a_run_of_models_shows_claims_limits_and_where_memory_ended() -> None:
     (part,) = [part for part in found.parts if part.views]
     assert [view.name for view in part.views] == ["Training step", "One more token"]
     (row,) = part.views[0].rows
-    assert [chart.heading for chart in row.charts] == ["Speed-up, small", "Time, small", "Peak memory, small"]
+    assert [chart.heading for chart in row.charts] == [
+        "Speed-up over naive, small",
+        "Time, small",
+        "Peak memory, small",
+    ]
 
 
 @pytest.mark.parametrize("is_counted", [True, False])
@@ -279,7 +283,7 @@ def _is_free(hint: str) -> bool:
     return hint in ("str", "str | None")
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=["markup", "characters"])
 @pytest.mark.parametrize("make", [measured.kernels, measured.models, measured.io])
 def test_no_text_of_a_results_file_is_obeyed(make: Callable[[], Document], text: str, tmp_path: Path) -> None:
     path = saved(tmp_path, with_every_text(make(), text))
@@ -345,6 +349,8 @@ def test_without_results_the_page_explains(tmp_path: Path, capsys: pytest.Captur
     ("content", "said"),
     [
         ("", "JSONDecodeError"),
+        ("[" * 200_000, "RecursionError"),
+        ("9" * 5000, "ValueError"),
         ('{"schema": "somebody.else", "version": 1}', "schema 'somebody.else'"),
         ('{"schema": "flashtile.bench.models", "version": 99}', "upgrade flashtile"),
         ('{"schema": "flashtile.bench.io", "version": 1}', "flashtile bench io --out FILE"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import measured
 import pytest
 from browsing import WIDTHS, too_wide
-from reading import HOSTILE
+from reading import HOSTILE_TEXTS
 from test_demo_page import render as render_demo
 from test_report import with_every_text
 
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from conftest import OpenPage
     from playwright.sync_api import Locator, Page
 
-SECTIONS = (
-    kernels.section("kernels.json", "run-1", measured.kernels()),
-    models.section("models.json", "run-2", measured.models()),
-    traffic.section("io.json", "run-3", measured.io()),
-)
-
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return page.render("report/report.html", sections=SECTIONS, explanation="")
+    sections = (
+        kernels.section("kernels.json", "run-1", measured.kernels()),
+        models.section("models.json", "run-2", measured.models()),
+        traffic.section("io.json", "run-3", measured.io()),
+    )
+    return page.render("report/report.html", sections=sections, explanation="")
+
+
+@pytest.fixture(scope="module")
+def demo() -> str:
+    return render_demo()
 
 
 def every_case(opened: Page) -> Locator:
@@ -65,8 +69,8 @@ def test_nothing_is_wider_than_the_page(html: str, width: int, dark: bool, open_
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_demo_has_the_same_page(width: int, open_page: OpenPage) -> None:
-    opened = open_page(render_demo(), width=width)
+def test_the_demo_has_the_same_page(width: int, demo: str, open_page: OpenPage) -> None:
+    opened = open_page(demo, width=width)
     assert too_wide(opened) == []
     before = background(opened)
     opened.locator("#theme").click()
@@ -191,7 +195,7 @@ def test_the_theme_is_the_system_s_until_somebody_chooses(html: str, dark: bool,
 # --- safety -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["".join(HOSTILE[:3]), HOSTILE[3], HOSTILE[5]])
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=["markup", "characters"])
 def test_hostile_results_run_nothing(
     text: str, open_page: OpenPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ def load(path: Path, kinds: Sequence[type[D]]) -> D:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _invalid(path, f"{type(error).__name__}: {error}", "a readable JSON file") from error
     schema = content.pop("schema", None) if isinstance(content, dict) else None
     kind = next((kind for kind in kinds if kind.schema() == schema), None)

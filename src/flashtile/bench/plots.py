@@ -285,7 +285,7 @@ def _set_scale(axes: Axes, name: Literal["x", "y"], wanted: Axis) -> None:
 
     axis = axes.xaxis if name == "x" else axes.yaxis
     if wanted.is_log:
-        axes.set(**{f"{name}scale": "log"})
+        (axes.set_xscale if name == "x" else axes.set_yscale)("log", nonpositive="mask")
         low, high = axis.get_data_interval()
         if low > 0 and high < 100 * low:  # powers of ten alone would leave one tick or none
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -196,6 +196,11 @@ def times(ratio: float) -> str:
     return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x"
 
 
+def percent(share: float) -> str:
+    """``73%``, ``1.9%``."""
+    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
+
+
 def three_digits(value: float) -> str:
     """Three significant digits, never in exponent notation."""
     decimals = next((n for n, bound in enumerate((100, 10, 1, 0.1, 0.01)) if abs(value) >= bound), 5)

@@ -80,27 +80,30 @@ def headlines(comparison: Comparison) -> list[Headline]:
             label="largest difference of the losses",
             detail=f"nats per byte, at step {difference.at_step} of {len(comparison.loss_differences)}",
         ),
-        Headline(
-            value=factor(naive.attention_s, flashtile.attention_s, ("faster", "slower")),
-            label="attention",
-            detail=f"{milliseconds(naive.attention_s)} naive, {milliseconds(flashtile.attention_s)} flashtile",
+        _compared(
+            "attention",
+            (naive.attention_s, flashtile.attention_s),
+            ("faster", "slower"),
+            f"{milliseconds(naive.attention_s)} naive, {milliseconds(flashtile.attention_s)} flashtile",
         ),
-        Headline(
-            value=factor(naive.step_s, flashtile.step_s, ("faster", "slower")),
-            label="the whole training step",
-            detail=f"{naive.tokens_per_s:,.0f} tokens/s naive, {flashtile.tokens_per_s:,.0f} flashtile",
+        _compared(
+            "the whole training step",
+            (naive.step_s, flashtile.step_s),
+            ("faster", "slower"),
+            f"{naive.tokens_per_s:,.0f} tokens/s naive, {flashtile.tokens_per_s:,.0f} flashtile",
         ),
     ]
     if naive.peak_bytes and flashtile.peak_bytes:
-        chosen.append(
-            Headline(
-                value=factor(naive.peak_bytes, flashtile.peak_bytes, ("less", "more")),
-                label="peak memory of a step",
-                detail=f"{in_decimal_bytes(naive.peak_bytes)} naive, "
-                f"{in_decimal_bytes(flashtile.peak_bytes)} flashtile",
-            )
-        )
+        said = f"{in_decimal_bytes(naive.peak_bytes)} naive, {in_decimal_bytes(flashtile.peak_bytes)} flashtile"
+        memory = naive.peak_bytes, flashtile.peak_bytes
+        chosen.append(_compared("peak memory of a step", memory, ("less", "more"), said))
     return chosen
+
+
+def _compared(label: str, both: tuple[float, float], words: tuple[str, str], detail: str) -> Headline:
+    """Of the naive run and flashtile's."""
+    value = factor(*both, words)
+    return Headline(value=value, label=label, detail=detail, is_behind=value.endswith(words[1]))
 
 
 def notes(comparison: Comparison, settings: TrainingSettings) -> list[str]:

@@ -11,7 +11,7 @@ from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import Row
 from flashtile.bench.summary import three_digits
 from flashtile.bench.timing import Timing
-from flashtile.report.page import Cell, Column
+from flashtile.report.page import Cell, Column, Table
 from flashtile.spec.units import in_decimal_bytes
 
 EMPTY = Cell(text="")
@@ -32,6 +32,16 @@ def axes(known: Sequence[Axis], cases: Sequence[Any]) -> tuple[list[Axis], str]:
     return varying, f" All rows: {', '.join(shared)}." if shared else ""
 
 
+def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Table:
+    """A table of those columns in which some row has something."""
+    kept = [idx for idx in range(len(columns)) if any(row[idx].text for row in rows)]
+    return Table(
+        caption=caption,
+        columns=tuple(columns[idx] for idx in kept),
+        rows=tuple(tuple(row[idx] for idx in kept) for row in rows),
+    )
+
+
 def count(number: int | None) -> Cell:
     return EMPTY if number is None else Cell(text=f"{number:,}", value=number)
 
@@ -43,7 +53,7 @@ def figure(value: float | None, *, is_ours: bool = False) -> Cell:
 
 def percent(share: float | None) -> Cell:
     """Of a share from 0 to 1."""
-    return EMPTY if share is None else Cell(text=f"{share:.0%}", value=share)
+    return EMPTY if share is None else Cell(text=summary.percent(share), value=share)
 
 
 def memory(num_bytes: int | None) -> Cell:

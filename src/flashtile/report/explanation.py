@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashtile.backends.cpu import tiled
-from flashtile.bench.summary import times
+from flashtile.bench.summary import percent, times
 from flashtile.errors import MissingExtra
 from flashtile.report import explanation_figures, explanation_numbers, walk
 from flashtile.spec import dropout, units
@@ -122,17 +122,13 @@ def _decimals(number: float, digits: int) -> str:
     return text.replace("-", "−")
 
 
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
-
-
 _FILTERS: dict[str, Callable[..., str]] = {
     "bytes": units.in_bytes,
     "flops": units.in_flops,
     "seconds": _seconds,
     "decimals": _decimals,
     "times": times,
-    "percent": _percent,
+    "percent": percent,
     "count": "{:,}".format,
     "rate": lambda bytes_per_s: f"{bytes_per_s / 1e9:,.0f} GB/s",
     "tflops": lambda flops_per_s: f"{flops_per_s / 1e12:,.0f} TFLOP/s",

@@ -24,7 +24,7 @@ def comparison(results: KernelResults, known: Mapping[str, Speedups]) -> Table:
     cases = list(dict.fromkeys(row.case for row in results.rows))
     axes, constant = cells.axes(CALL_AXES, cases)
     peers = summary.rivals(results)
-    return Table(
+    return cells.table(
         caption=f"flashtile's figures, then its speed as a multiple of each peer's: below 1x it is slower.{constant}",
         columns=(
             *(axis.column for axis in axes),
@@ -51,7 +51,7 @@ def measurements(results: KernelResults) -> Table:
     """A row for each peer on each case, with everything that was measured, or why it was not."""
     axes, constant = cells.axes(CALL_AXES, list(dict.fromkeys(row.case for row in results.rows)))
     figures = ("ms", "from", "to", "rounds", "TFLOP/s", "% of ceiling", "memory", "difference")
-    return Table(
+    return cells.table(
         caption="Medians in ms with their quartiles; the difference is from flashtile's result, over that result's "
         f"largest magnitude.{constant}",
         columns=(

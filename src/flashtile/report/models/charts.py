@@ -42,21 +42,21 @@ def _speedup(run: Run, mode: Mode, size: str) -> Plot:
     pairs = sorted(found, key=lambda pair: pair.case.seqlen)
     seqlens = [pair.case.seqlen for pair in pairs]
     limit = Line(
-        label="the limit, if attention took no time",
+        label="limit, if attention took no time",
         x=seqlens,
         y=[pair.limit for pair in pairs],
         color_idx=_LIMIT_COLOR,
         is_dashed=True,
     )
     speedup = Line(
-        label="flashtile's speed over the naive formula's",
+        label=peer_title(FLASHTILE),
         x=seqlens,
         y=[pair.speedup for pair in pairs],
         color_idx=plots.FLASHTILE_COLOR,
         weight="strong",
     )
     return Plot(
-        heading=f"Speed-up, {size}",
+        heading=f"Speed-up over naive, {size}",
         title=f"{run.source}: speed-up over sequence length, {mode}, {size}",
         lines=[limit, speedup] if pairs else [],
         y=Axis(label="times as fast", starts_at_zero=True),

@@ -27,7 +27,7 @@ _HOLDS = {True: Cell(text="yes", tone="ours"), False: Cell(text="no", tone="behi
 
 def verdicts(judged: Sequence[Verdict]) -> Table:
     """Each claim, what was measured, whether that is as much, and why."""
-    return Table(
+    return cells.table(
         caption="A claim holds if the measured ratio is at least the claimed one.",
         columns=(
             Column(heading="claim", holds="sentences"),
@@ -60,7 +60,7 @@ def comparison(results: ModelResults) -> Table:
         "attention's share of naive",
         "limit",
     )
-    return Table(
+    return cells.table(
         caption="x: flashtile's speed as a multiple of the other's, below 1x it is slower. The limit is Amdahl's: the "
         f"speed-up over naive if attention took no time at all.{constant}",
         columns=(*(axis.column for axis in axes), *(Column(heading=heading) for heading in headings)),
@@ -83,7 +83,7 @@ def _figures(case: ModelCase, rows: dict[tuple[ModelCase, str], ModelRow], peers
 
 def limits(rows: Sequence[LimitRow]) -> Table:
     """The largest batch and the longest sequence that fit, with each attention function."""
-    return Table(
+    return cells.table(
         caption="Tried: steps of that size ran, and the next size that was tried ran out of memory. Extrapolated: from "
         "the memory of small steps; nothing so large was tried.",
         columns=(
@@ -119,7 +119,7 @@ def measurements(results: ModelResults) -> Table:
     """A row for each attention function on each case, with everything that was measured, or why it was not."""
     axes, constant = cells.axes(_AXES, list(dict.fromkeys(row.case for row in results.rows)))
     figures = ("ms", "from", "to", "rounds", "peak", "of it state", "attention ms", "share", "difference")
-    return Table(
+    return cells.table(
         caption="Medians in ms with their quartiles. State: what is held between two steps. The difference is from "
         f"flashtile's result, over that result's largest magnitude.{constant}",
         columns=(

@@ -25,10 +25,10 @@ def views(source: str, results: IoResults) -> tuple[View, ...]:
     shown = []
     for dtype, head_dim in dict.fromkeys((case.dtype, case.head_dim) for case in cases):
         of_view = [case for case in cases if (case.dtype, case.head_dim) == (dtype, head_dim)]
-        plotted = []
+        plotted: dict[str, list[Plot]] = {}
         for direction, mask in dict.fromkeys((case.direction, case.mask_name) for case in of_view):
             of_plot = [case for case in of_view if (case.direction, case.mask_name) == (direction, mask)]
-            plotted.append(
+            plotted.setdefault(direction, []).append(
                 Plot(
                     heading=f"{direction.capitalize()}, {mask}",
                     title=f"{source}: bytes over sequence length, {direction}, {mask}, {dtype}, head_dim {head_dim}",
@@ -36,8 +36,8 @@ def views(source: str, results: IoResults) -> tuple[View, ...]:
                     y=Axis(label="read plus written", is_log=True, format_tick=in_decimal_bytes),
                 )
             )
-        if row := charts.row(plotted):
-            shown.append(View(name=f"{dtype.capitalize()}, head_dim {head_dim}", rows=(row,)))
+        if rows_of_charts := charts.rows(*plotted.values()):
+            shown.append(View(name=f"{dtype.capitalize()}, head_dim {head_dim}", rows=rows_of_charts))
     return tuple(shown)
 
 

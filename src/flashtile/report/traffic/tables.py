@@ -16,7 +16,7 @@ def traffic(results: IoResults) -> Table:
     """A row for each method on each case: predicted, counted and bounded bytes."""
     axes, constant = cells.axes(CALL_AXES, list(dict.fromkeys(row.case for row in results.rows)))
     figures = ("ms", "predicted", "counted", "counted / predicted", "at most", "at copy speed")
-    return Table(
+    return cells.table(
         caption="Bytes read plus written by one call. At most: what a copy moves in the same time. At copy speed: the "
         "part of the time that the predicted bytes take there; where it is small, something else than memory sets the "
         f"time. Point at a prediction for what it is made of.{constant}",

@@ -112,7 +112,10 @@ def test_a_claim_that_amdahl_forbids_says_so() -> None:
         "no more"
     )
     assert memory.holds is False and memory.measured == "9,000 MB -> 6,000 MB (1.50x) at batch 32"
-    assert "1,000 MB, gradients and activations 5,000 MB with either; the score matrices add 3,000 MB" in memory.why
+    assert (
+        "1,000 MB, gradients and activations 5,000 MB with either; the score matrices raise the peak by 3,000 MB"
+        in memory.why
+    )
 
 
 def test_a_claim_that_holds_says_so() -> None:

@@ -16,7 +16,7 @@ _GPT2_VOCABULARY = 50_304
 """GPT-2's 50,257, filled up to a multiple of 64 as its trainers do."""
 
 SIZES: dict[str, ModelShape] = {
-    "tiny": ModelShape(layers=4, d_model=256, heads=4),
+    "tiny": ModelShape(layers=4, d_model=128, heads=2),
     "small": ModelShape(layers=12, d_model=768, heads=12, vocabulary=_GPT2_VOCABULARY),
     "medium": ModelShape(layers=24, d_model=1024, heads=16, vocabulary=_GPT2_VOCABULARY),
     "large": ModelShape(layers=48, d_model=1600, heads=25, vocabulary=_GPT2_VOCABULARY),

@@ -170,7 +170,7 @@ def _why_so_fast(pair: Pair, claimed: float) -> str:
 def _why_so_much(pair: Pair) -> str:
     return (
         f"weights, optimizer and inputs hold {pair.tiled.state_mb:,.0f} MB, gradients and activations "
-        f"{pair.tiled.peak_mb - pair.tiled.state_mb:,.0f} MB with either; the score matrices add "
+        f"{pair.tiled.peak_mb - pair.tiled.state_mb:,.0f} MB with either; the score matrices raise the peak by "
         f"{pair.naive.peak_mb - pair.tiled.peak_mb:,.0f} MB"
     )
 

@@ -4,6 +4,7 @@
 #   make check   ruff, pyright, import-linter and the size report
 #   make bench   times the kernels on this machine beside their peers; BENCHMARK=models or io: whole models, traffic
 #   make performance   writes docs/performance.md from the results under benchmarks/results/
+#   make report  writes out/report.html, the results under benchmarks/results/ as one page
 #   make explanation   writes docs/how_it_works.md from the text and the numbers in src/flashtile/report/
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum pyproject.toml requirements-dev.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench performance explanation format clean
+.PHONY: demo test check bench performance report explanation format clean
 
 demo: $(READY)
 	$(BIN)/flashtile demo $(ARGS)
@@ -32,6 +33,9 @@ bench: $(READY)
 
 performance: $(READY)
 	$(BIN)/python scripts/performance_page.py
+
+report: $(READY)
+	$(BIN)/flashtile report benchmarks/results/*.json --out out/report.html
 
 explanation: $(READY)
 	$(BIN)/python scripts/explanation_page.py

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import TYPE_CHECKING
+
+from flashtile.report.page import render
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -13,10 +14,8 @@ WIDTHS = (390, 1280)
 
 
 def page_around(fragment: str) -> str:
-    """A document with the style of our pages around a fragment of one."""
-    demo = files("flashtile.demo").joinpath("page.html").read_text(encoding="utf-8")
-    head = demo[: demo.index("<body>")].replace("{{ theme_css | safe }}", "")
-    return f"{head}<body>\n<main>\n{fragment}\n</main>\n</body>\n</html>\n"
+    """The report without results around a fragment of one."""
+    return render("report/report.html", sections=(), explanation=fragment)
 
 
 def too_wide(page: Page) -> list[str]:

@@ -6,10 +6,10 @@ import re
 import runpy
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from reading import Reader
 
 import flashtile
 from flashtile.backends.cpu import tiled
@@ -19,39 +19,6 @@ from flashtile.report import explanation, explanation_numbers, walk
 from flashtile.spec import units
 
 ROOT = Path(__file__).parents[2]
-VOID_ELEMENTS = {"br", "hr", "img", "input", "link", "meta"}
-
-
-class Reader(HTMLParser):
-    """Collects elements, attributes and text, and insists that every element is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID_ELEMENTS:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def values(self, attribute: str) -> list[str]:
-        return [value for _, name, value in self.attributes if name == attribute]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +120,7 @@ def test_styles_stay_inside_the_section_and_take_the_colours_of_the_page() -> No
         for selector in selectors:
             assert selector.strip().startswith(("#how-it-works", "#walk")), selector
         own = set(re.findall(r"(--[\w-]+):", css))
-        used = set(re.findall(r"var\((--[\w-]+)", css)) - own - {"--heat", "--side"}
+        used = set(re.findall(r"var\((--[\w-]+)", css)) - own - {"--bar", "--heat", "--side"}
         of_the_page = {"--page", "--panel", "--edge", "--text", "--soft", "--accent", "--warn"}
         assert used <= of_the_page | set(re.findall(r"(--[\w-]+):", plots.THEME_CSS))
         assert not re.search(r"#[0-9a-f]{3,6}\b", css), "no colour of its own"

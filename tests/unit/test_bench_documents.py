@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashtile.bench import documents, results
+from flashtile.bench.cases import BenchCase
 from flashtile.bench.documents import Document, InvalidResults
 from flashtile.bench.results import (
     KINDS,
@@ -29,7 +30,7 @@ from flashtile.bench.timing import Timing
 
 TEXT = st.text(alphabet="aé<&\"'\\\n\u2028", max_size=4)
 AGREEING: dict[Any, tuple[dict[str, st.SearchStrategy[Any]], ...]] = {}
-"""Fields that depend on each other, for the rows that check theirs."""
+"""Fields that depend on each other or on what can be, for the classes that check theirs."""
 
 
 def anything(annotation: Any) -> st.SearchStrategy[Any]:
@@ -61,6 +62,8 @@ def fields_of(cls: Any, **chosen: st.SearchStrategy[Any]) -> st.SearchStrategy[A
     return st.builds(cls, **{one.name: chosen.get(one.name, anything(hints[one.name])) for one in fields(cls)})
 
 
+AGREEING[Timing] = (dict.fromkeys(("median_ms", "q25_ms", "q75_ms"), st.floats(1e-9, 1e9)),)
+AGREEING[BenchCase] = (dict.fromkeys(("head_dim", "seqlen", "batch", "heads_q", "heads_kv"), st.integers(1, 2**62)),)
 TIMED = {"status": st.just("ok"), "timing": anything(Timing)}
 UNTIMED = {"status": st.sampled_from(["refused", "out_of_memory"]), "timing": st.none()}
 AGREEING.update(dict.fromkeys((KernelRow, ModelRow, IoRow), (TIMED, UNTIMED)))

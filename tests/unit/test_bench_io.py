@@ -20,7 +20,7 @@ from flashtile.bench.baselines import FLASHTILE, NAIVE
 from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import IoResults, IoRow
 from flashtile.bench.timing import CpuClock
-from flashtile.bench.traffic import counter, measuring, table
+from flashtile.bench.traffic import counter, measuring, summary, table
 from flashtile.bench.traffic.counter import CounterUnavailable
 from flashtile.bench.traffic.peers import PEERS, predicted
 
@@ -183,7 +183,7 @@ def test_bounds_are_labelled_as_such() -> None:
     results = run(*CASES)
     text = printed(results)
     assert "Not counted: a CPU's memory counters are not open to ordinary programs." in text
-    assert "an upper bound" in text and table.WHAT_A_GPU_ADDS in text
+    assert "an upper bound" in text and summary.WHAT_A_GPU_ADDS in text
     for row in results.rows:
         assert row.bound_bytes and f"{row.predicted_bytes / row.bound_bytes:.1%}" in text
 
@@ -203,11 +203,11 @@ def test_findings_compare_the_longest() -> None:
 
     rows = (row(FLASHTILE, 100, 200, 2.0), row(NAIVE, 1000, 1000, 3.0))
     found = replace(run(CASE), rows=rows)
-    assert table.findings(found)[0] == (
-        "forward, 64 tokens, causal: the naive formula moves at least 10.0x the bytes of tiles by prediction, 5.0x by "
+    assert summary.findings(found)[0] == (
+        "Forward, 64 tokens, causal: the naive formula moves at least 10.0x the bytes of tiles by prediction, 5.0x by "
         "count, and takes 1.5x the time."
     )
-    assert "interrupted" in table.findings(replace(found, is_complete=False))[-1]
+    assert "interrupted" in summary.findings(replace(found, is_complete=False))[-1]
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from flashtile.bench.models import cases, peers
 from flashtile.bench.models.peers import ModelPeer
 from flashtile.bench.models.summary import WHAT_A_GPU_ADDS
 from flashtile.bench.results import IoResults, ModelResults
-from flashtile.bench.traffic import table as io_table
+from flashtile.bench.traffic import summary as io_summary
 from flashtile.bench.transformer import ModelShape
 
 TINY = ["--device", "cpu", "--budget-s", "0.001", "--quick"]
@@ -161,7 +161,7 @@ def test_importing_the_commands_needs_torch_alone() -> None:
 def test_io_prints_tables_and_writes_the_default_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("io", *TINY, "--seqlen", "32", "64", "--head-dim", "16") == 0
     out, err = capsys.readouterr()
-    assert "forward, float32" in out and "backward, float32" in out and io_table.WHAT_A_GPU_ADDS in out
+    assert "forward, float32" in out and "backward, float32" in out and io_summary.WHAT_A_GPU_ADDS in out
     assert "[1/8] forward float32 head_dim=16 seqlen=32 full" in err
     found = results.load(Path("out/bench_io_cpu.json"), IoResults)
     assert found.is_complete and len(found.rows) == 16 and found.copy_gb_per_s == 3.0

@@ -43,6 +43,10 @@ class BenchCase:
     heads_kv: int
     option: Option = "plain"
 
+    def __post_init__(self) -> None:
+        if min(self.head_dim, self.seqlen, self.batch, self.heads_q, self.heads_kv) < 1:
+            raise ValueError("has a size below 1")
+
     @property
     def label(self) -> str:
         """The case in words that a filter matches, for example

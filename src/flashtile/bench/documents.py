@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flashtile.bench.environment import Environment
+from flashtile.bench.files import write_whole
 from flashtile.errors import InvalidArgument
 
 
@@ -54,12 +54,7 @@ def to_json(document: Document) -> str:
 
 def save(path: Path, document: Document) -> None:
     """Writes the file whole or not at all: readers and a Ctrl-C never see half of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(to_json(document), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, to_json(document))
 
 
 def load(path: Path, kinds: Sequence[type[D]]) -> D:
@@ -71,7 +66,7 @@ def load(path: Path, kinds: Sequence[type[D]]) -> D:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _invalid(path, f"{type(error).__name__}: {error}", "a readable JSON file") from error
     schema = content.pop("schema", None) if isinstance(content, dict) else None
     kind = next((kind for kind in kinds if kind.schema() == schema), None)
@@ -123,7 +118,7 @@ def _decode(annotation: Any, value: Any, where: str) -> Any:
         return {name: _decode(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
     if annotation is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if annotation in (int, bool, str) and type(value) is annotation:
+    if annotation in (int, bool, str) and type(value) is annotation and (annotation is not int or _is_int64(value)):
         return value
     wanted = {tuple: "a list", dict: "an object", float: "a finite number"}.get(origin or annotation)
     raise _Mismatch(f"{where} = {_shown(value)}", wanted or f"a {annotation.__name__}")
@@ -143,6 +138,11 @@ def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
         return cls(**decoded)
     except ValueError as error:  # what a row of ours checks of itself
         raise _Mismatch(f"{where} {error}", "fields that agree") from None
+
+
+def _is_int64(value: Any) -> bool:
+    """Nothing that is counted has more digits, and arithmetic with floats fails on numbers that have many more."""
+    return -(2**63) <= value < 2**63
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 
 from flashtile.bench import documents, environment
 from flashtile.bench.documents import D, Document, InvalidResults
+from flashtile.bench.files import check_place
 from flashtile.bench.labels import Labelled
 from flashtile.errors import InvalidArgument, MissingExtra
 
@@ -93,15 +93,7 @@ def _check_writable(out: Path, kind: type[Document]) -> None:
                 wanted=f"a new file, or results of 'flashtile bench {kind.benchmark}' to replace",
                 remedy="choose another name, or delete the file if nobody needs it",
             ) from error
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(out.parent, os.W_OK)
-    except OSError:
-        is_writable = False
-    if not is_writable:
-        raise InvalidArgument(
-            "--out", got=str(out), wanted="a file in a folder that can be written", remedy="choose another folder"
-        )
+    check_place("--out", out)
 
 
 # --- progress on stderr -----------------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ from flashtile.bench.attention_clock import AttentionClock
 from flashtile.bench.formula import AttentionFn
 from flashtile.bench.transformer import NUM_BYTES, ModelShape, Transformer
 from flashtile.demo.corpus import Corpus, draw_batch
-from flashtile.demo.machine import human_bytes
 from flashtile.demo.model import flashtile_attention, naive_attention, printable, sample
 from flashtile.demo.results import Comparison, RunResult, Sample, StepRecord
 from flashtile.spec import devices
 from flashtile.spec.problem import AttentionProblem, MaskSpec
+from flashtile.spec.units import in_decimal_bytes
 from flashtile.testing import peak_extra_bytes
 
 PEAK_LEARNING_RATE, TUNED_WIDTH = 3e-3, 128
@@ -183,7 +183,8 @@ class _Run:
         )
         if available is not None and least > available:
             raise MemoryError(
-                f"its score matrices alone need {human_bytes(least)}, and {human_bytes(available)} are available"
+                f"its score matrices alone need {in_decimal_bytes(least)}, and {in_decimal_bytes(available)} are "
+                f"available"
             )
 
     def _fail(self, reason: str) -> None:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashtile.backends.cpu import tiled
-from flashtile.bench import plots
+from flashtile.bench.summary import percent, times
 from flashtile.errors import MissingExtra
 from flashtile.report import explanation_figures, explanation_numbers, walk
 from flashtile.spec import dropout, units
@@ -44,8 +44,8 @@ def markdown() -> str:
 def html() -> str:
     """The same text as an HTML ``<section>`` with the interactive tile walk; whole without a network.
 
-    Colours are the variables ``--page``, ``--panel``, ``--edge``, ``--text``, ``--soft``, ``--accent`` and ``--warn``
-    of the page around it.
+    Colours are the page's: ``plots.THEME_CSS``, and ``--page``, ``--panel``, ``--edge``, ``--text``, ``--soft``,
+    ``--accent`` and ``--warn``.
 
     Raises:
         MissingExtra: jinja2, markdown-it-py, Pygments or matplotlib is not installed.
@@ -56,7 +56,7 @@ def html() -> str:
     data = json.dumps(walk.as_json(), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = (
         f'<section id="{SECTION_ID}">',
-        f"<style>\n{plots.THEME_CSS}\n{_read('explanation.css')}{_read('walk.css')}</style>",
+        f"<style>\n{_read('explanation.css')}{_read('walk.css')}</style>",
         body.replace("</h2>\n", f"</h2>\n{contents}\n", 1),
         f'<script type="application/json" id="walk-data">{data}</script>',
         f"<script>\n{_read('walk.js')}</script>",
@@ -122,21 +122,13 @@ def _decimals(number: float, digits: int) -> str:
     return text.replace("-", "−")
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.1f}x"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
-
-
 _FILTERS: dict[str, Callable[..., str]] = {
     "bytes": units.in_bytes,
     "flops": units.in_flops,
     "seconds": _seconds,
     "decimals": _decimals,
-    "times": _times,
-    "percent": _percent,
+    "times": times,
+    "percent": percent,
     "count": "{:,}".format,
     "rate": lambda bytes_per_s: f"{bytes_per_s / 1e9:,.0f} GB/s",
     "tflops": lambda flops_per_s: f"{flops_per_s / 1e12:,.0f} TFLOP/s",

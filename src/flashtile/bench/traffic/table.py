@@ -1,4 +1,4 @@
-"""Results of ``bench io`` as tables for the terminal, and what they say."""
+"""Results of ``bench io`` as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from flashtile.bench.baselines import FLASHTILE, NAIVE
-from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import IoResults, IoRow
-from flashtile.bench.summary import WORDS, machine, row_gaps, three_digits
+from flashtile.bench.summary import WORDS, row_gaps, three_digits
 from flashtile.bench.terminal import empty_table, print_lines, print_whole, spread, stacked
+from flashtile.bench.traffic.summary import conditions, findings
 
 MB = 10**6
-WHAT_A_GPU_ADDS = (
-    "With a GPU and Nsight Compute: bytes counted by the device's own counters. A CPU's are not open to ordinary "
-    "programs, and its arithmetic takes so much of the time that the bound is loose."
-)
 _FIGURES = ("ms", "spread", "predicted MB", "counted MB", "counted / predicted", "at most MB", "at copy speed")
 
 
@@ -29,45 +24,6 @@ def print_results(results: IoResults, console: Console | None = None) -> None:
     for title, rows in groupby(results.rows, key=lambda row: f"{row.case.direction}, {row.case.dtype}"):
         print_whole(_table(title, list(rows)), console)
     print_lines([*row_gaps(results.rows), *findings(results)], console)
-
-
-def conditions(results: IoResults) -> list[str]:
-    """Where and how it was measured, and what the figures are."""
-    counted = f"Counted by {results.counter}." if results.counter else f"Not counted: {results.no_counter_reason}."
-    return [
-        machine(results.environment),
-        f"Copy {three_digits(results.copy_gb_per_s)} GB/s; about {results.budget_s:g} s for each case. MB are 10**6 "
-        "bytes, read plus written.",
-        "Predicted: the naive formula at its best, each step reading its operands and writing its results once, scores "
-        "in float32; tiles as flashtile plans them.",
-        f"{counted} At most: what a copy moves in the same time, an upper bound. At copy speed: the part of the time "
-        "that the predicted bytes take there; where it is small, something else than memory sets the time.",
-    ]
-
-
-def findings(results: IoResults) -> list[str]:
-    """How bytes and times compare where the sequence is longest, and what this run leaves open."""
-    lines = []
-    rows = {(row.case, row.peer): row for row in results.rows}
-    for direction in dict.fromkeys(row.case.direction for row in results.rows):
-        case = max((row.case for row in results.rows if row.case.direction == direction), key=_length)
-        naive, tiled = rows[case, NAIVE], rows[case, FLASHTILE]
-        line = f"{direction}, {case.seqlen} tokens, {case.mask_name}: the naive formula moves at least "
-        line += f"{naive.predicted_bytes / tiled.predicted_bytes:.1f}x the bytes of tiles by prediction"
-        if naive.counted_bytes and tiled.counted_bytes:
-            line += f", {naive.counted_bytes / tiled.counted_bytes:.1f}x by count"
-        if naive.timing and tiled.timing:
-            line += f", and takes {naive.timing.median_ms / tiled.timing.median_ms:.1f}x the time"
-        lines.append(line + ".")
-    if results.environment.device == "cpu":
-        lines.append(WHAT_A_GPU_ADDS)
-    if not results.is_complete:
-        lines.append("The run was interrupted: only the finished cases are here.")
-    return lines
-
-
-def _length(case: BenchCase) -> tuple[int, bool]:
-    return case.seqlen, case.is_causal
 
 
 def _table(title: str, rows: Sequence[IoRow]) -> Table:

@@ -15,6 +15,7 @@ from flashtile.nn.padding import Packing, packed_positions
 from flashtile.nn.rotary import Rotary
 from flashtile.spec.options import (
     check_count,
+    check_divides,
     check_dropout_p,
     check_flag,
     check_mask_spec,
@@ -55,9 +56,9 @@ class ProjectedAttention(nn.Module):
         self.d_model = d_model
         self.n_head = check_count("n_head", n_head, minimum=1)
         self.n_head_kv = n_head if n_head_kv is None else check_count("n_head_kv", n_head_kv, minimum=1)
-        _check_divides("n_head_kv", self.n_head_kv, "n_head", n_head)
+        check_divides("n_head_kv", self.n_head_kv, "n_head", n_head)
         if head_dim is None:
-            _check_divides("n_head", n_head, "d_model", d_model)
+            check_divides("n_head", n_head, "d_model", d_model)
             head_dim = d_model // n_head
         self.head_dim = check_count("head_dim", head_dim, minimum=1)
         self.d_key = d_model if d_key is None else check_count("d_key", d_key, minimum=1)
@@ -185,11 +186,4 @@ class ProjectedAttention(nn.Module):
         error_msgs.extend(torch_state.translate(state_dict, prefix, rows))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-def _check_divides(name: str, number: int, of: str, total: int) -> None:
-    if total % number:
-        raise invalid(
-            name, got=f"{number} beside {of} = {total}", wanted=f"a divisor of {of}", remedy=f"change {name} or {of}"
         )

@@ -21,7 +21,7 @@ from flashtile.integrations.flash_attn.layers.rotary import RotaryEmbedding
 from flashtile.integrations.flash_attn.translation import check_tensor, in_callers_words, options_of, window_of
 from flashtile.nn.alibi import alibi_slopes as slopes_of
 from flashtile.nn.padding import packed_positions
-from flashtile.spec.options import check_count, describe
+from flashtile.spec.options import check_count, check_divides, describe
 
 __all__ = ["MHA", "FlashCrossAttention", "FlashSelfAttention"]
 
@@ -201,8 +201,8 @@ class MHA(nn.Module):
     ) -> None:
         super().__init__()
         num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
-        _check_divides("num_heads", num_heads, "embed_dim", embed_dim)
-        _check_divides("num_heads_kv", num_heads_kv, "num_heads", num_heads)
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+        check_divides("num_heads_kv", num_heads_kv, "num_heads", num_heads)
         if cross_attn and rotary_emb_dim > 0:
             raise UnsupportedProblem("MHA turns positions of one sequence: rotary_emb_dim > 0 excludes cross_attn.", {})
         self.embed_dim, self.num_heads, self.num_heads_kv = embed_dim, num_heads, num_heads_kv
@@ -388,11 +388,3 @@ def _attend_masked(*tensors: Tensor, inner: _Inner, mask: Tensor) -> Tensor:
     q, k, v = (*q, *packed.unbind(-3))
     options = options_of(**{"softcap": 0.0, **inner.options(None)})
     return attention(q, k, v, mask=mask[:, None, None, :], **options)
-
-
-def _check_divides(name: str, number: Any, of: str, total: int) -> None:
-    check_count(name, number, minimum=1)
-    if total % number != 0:
-        raise invalid(
-            name, got=f"{number} beside {of} = {total}", wanted=f"a divisor of {of}", remedy=f"change {name} or {of}"
-        )

@@ -92,7 +92,7 @@ def test_ratio_charts_part_what_is_below_one_from_what_is_not() -> None:
     svg = plots.ratio_chart(rows, title="ratios", x_label="speed")
     text = Reader(svg).text
     assert all(expected in text for expected in ("slow", "fast", "0.67x", "3.90x", "0.5x", "1x", "16x", "speed"))
-    behind, ahead = (plots.css_color(idx)[len("var(") : -1] for idx in (plots.NAIVE_COLOR, plots.FLASHTILE_COLOR))
+    behind, ahead = (plots.css_color(idx)[len("var(") : -1] for idx in (plots.COLOR_OF_NAIVE, plots.COLOR_OF_FLASHTILE))
     dots = re.findall(r'<use href="#[^"]*" x="[^"]*" y="[^"]*" style="fill: var\((--chart-\d)', svg)
     assert dots.count(behind) == 2 and dots.count(ahead) == 3
 

@@ -41,7 +41,7 @@ _INK = ("#fe0700", "--chart-ink", "#374151", "#d1d5db")
 _GRID = ("#fe0800", "--chart-grid", "#e5e7eb", "#374151")
 _COLORS = (*_SERIES, _INK, _GRID)
 MAX_SERIES = len(_SERIES)
-NAIVE_COLOR, FLASHTILE_COLOR = 0, 1
+COLOR_OF_NAIVE, COLOR_OF_FLASHTILE = 0, 1
 """The same in every chart; what is worse and what is better than a limit has these colours too."""
 
 _SHADES = " ".join(f"{variable}: light-dark({light}, {dark});" for _, variable, light, dark in _COLORS)
@@ -227,8 +227,8 @@ def ratio_chart(rows: Sequence[Ratios], *, title: str, x_label: str) -> str:
     axes.axvline(1.0, color=_INK[0], linewidth=1.2)
     for row_idx, row in enumerate(rows):
         for color_idx, values in (
-            (NAIVE_COLOR, [value for value in row.values if value < 1]),
-            (FLASHTILE_COLOR, [value for value in row.values if value >= 1]),
+            (COLOR_OF_NAIVE, [value for value in row.values if value < 1]),
+            (COLOR_OF_FLASHTILE, [value for value in row.values if value >= 1]),
         ):
             heights = [row_idx + (idx % 3 - 1) * 0.13 for idx in range(len(values))]  # so that equal ratios show
             axes.plot(values, heights, "o", color=_color(color_idx), alpha=0.6, markersize=4.5, markeredgewidth=0)

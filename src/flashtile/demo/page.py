@@ -149,7 +149,7 @@ def _simple_bars(
 
 
 def _color_idx(run: RunResult) -> int:
-    return plots.NAIVE_COLOR if run.name == "naive" else plots.FLASHTILE_COLOR
+    return plots.COLOR_OF_NAIVE if run.name == "naive" else plots.COLOR_OF_FLASHTILE
 
 
 def _memory_facts(settings: TrainingSettings) -> dict[str, str]:

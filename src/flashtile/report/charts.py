@@ -86,5 +86,5 @@ def line_of(peer: str, label: str, points: Sequence[tuple[int, float | None]], *
 
 def color_idx_of(peer: str, peers: Sequence[str]) -> int:
     """A peer's colour among ``peers``; the naive formula's and flashtile's are the same everywhere."""
-    fixed = {NAIVE: plots.NAIVE_COLOR, FLASHTILE: plots.FLASHTILE_COLOR}
+    fixed = {NAIVE: plots.COLOR_OF_NAIVE, FLASHTILE: plots.COLOR_OF_FLASHTILE}
     return fixed[peer] if peer in fixed else 2 + [other for other in peers if other not in fixed].index(peer)

@@ -52,7 +52,7 @@ def _speedup(run: Run, mode: Mode, size: str) -> Plot:
         label=peer_title(FLASHTILE),
         x=seqlens,
         y=[pair.speedup for pair in pairs],
-        color_idx=plots.FLASHTILE_COLOR,
+        color_idx=plots.COLOR_OF_FLASHTILE,
         weight="strong",
     )
     return Plot(

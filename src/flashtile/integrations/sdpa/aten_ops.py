@@ -68,7 +68,7 @@ def flash_attention_backward(
     dropout_p: float,
     is_causal: bool,
     rng_state: Tensor,
-    unused: Tensor,  # noqa: ARG001
+    unused: Tensor,  # noqa: ARG001 -- in the op's signature
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """aten::_flash_attention_backward -> (d_query, d_key, d_value)."""

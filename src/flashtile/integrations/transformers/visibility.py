@@ -84,7 +84,7 @@ def attention_mask(
         mask = sdpa_mask(
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]
+            q_offset=q_offset,  # type: ignore[arg-type]  # annotated as int, but transformers passes tensors too
             kv_offset=kv_offset,  # type: ignore[arg-type]
             mask_function=mask_function,
             attention_mask=attention_mask,

@@ -2,15 +2,18 @@
 #   make demo    train a small transformer twice, with the naive formula and with flashtile; writes report.html
 #   make test    the checks and the whole test suite; what CI runs
 #   make check   ruff, pyright, import-linter and the size report
-#   make bench   times the kernels on this machine beside their peers
+#   make bench   times the kernels on this machine beside their peers; BENCHMARK=models or io: whole models, traffic
 #   make performance   writes docs/performance.md from the results under benchmarks/results/
+#   make report  writes out/report.html, the results under benchmarks/results/ as one page
+#   make explanation   writes docs/how_it_works.md from the text and the numbers in src/flashtile/report/
 
 PYTHON ?= python3
+BENCHMARK ?= kernels
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum pyproject.toml requirements-dev.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench performance format clean
+.PHONY: demo test check bench performance report explanation format clean
 
 demo: $(READY)
 	$(BIN)/flashtile demo $(ARGS)
@@ -26,10 +29,16 @@ check: $(READY)
 	$(BIN)/python scripts/size_report.py
 
 bench: $(READY)
-	$(BIN)/flashtile bench kernels $(ARGS)
+	$(BIN)/flashtile bench $(BENCHMARK) $(ARGS)
 
 performance: $(READY)
 	$(BIN)/python scripts/performance_page.py
+
+report: $(READY)
+	$(BIN)/flashtile report benchmarks/results/*.json --out out/report.html
+
+explanation: $(READY)
+	$(BIN)/python scripts/explanation_page.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

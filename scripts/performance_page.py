@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def kernel_results(folder: Path) -> dict[str, KernelResults]:
     """The kernel results in a folder by file name; other benchmarks' files are left out, damaged ones an error."""
-    documents = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {path.name: results.load(path) for path, found in documents.items() if found["schema"] == results.SCHEMA}
+    documents = {path.name: results.load(path) for path in sorted(folder.glob("*.json"))}
+    return {name: found for name, found in documents.items() if isinstance(found, KernelResults)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from hypothesis import HealthCheck, settings
 
 # The tensors of most tests are too small to share between threads, and ``pytest -n`` would oversubscribe the cores.
 torch.set_num_threads(1)
+
+# Triton's own functions are interpreted or compiled as it was when they were first imported, and libraries that some
+# tests use import them; see ``numerics/runners.py``.
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for module in ("triton.language", "triton.experimental.gluon"):
+            import_module(module)
 
 # HYPOTHESIS_PROFILE picks one: "default" draws the same examples every time, "thorough" draws new ones, and many.
 SLOW_DRAWS = (HealthCheck.too_slow, HealthCheck.data_too_large)

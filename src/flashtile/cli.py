@@ -1,4 +1,4 @@
-"""The command ``flashtile``: doctor, explain, support, bench and demo."""
+"""The command ``flashtile``: doctor, explain, support, bench, report and demo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import flashtile
 from flashtile.bench import command as bench
 from flashtile.demo import command as demo
 from flashtile.errors import FlashtileError
+from flashtile.report import command as report
 from flashtile.spec import devices
 from flashtile.spec.problem import DIFFERENTIABLE
 
@@ -84,6 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="time attention beside its peers on this machine")
     bench.add_arguments(command)
     command.set_defaults(run=bench.run)
+
+    command = commands.add_parser("report", help="one HTML page from results files of bench")
+    report.add_arguments(command)
+    command.set_defaults(run=report.run)
 
     command = commands.add_parser("demo", help="train a small transformer with the naive formula and with flashtile")
     demo.add_arguments(command)

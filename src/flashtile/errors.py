@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 
 
 class FlashtileError(Exception):
@@ -64,3 +65,21 @@ class MissingExtra(FlashtileError, ImportError):
 
     def __reduce__(self):
         return type(self), (self.package, self.extra)
+
+
+class NameTaken(FlashtileError, ImportError):
+    """A module that flashtile was asked to stand in for is loaded already."""
+
+
+def require(*packages: str, extra: str) -> None:
+    """Finds out whether packages of an optional extra are there, before the work that needs them.
+
+    Raises:
+        MissingExtra: one is not; names it and the extra.
+    """
+    package = ""
+    try:
+        for package in packages:
+            import_module(package)
+    except ImportError as error:
+        raise MissingExtra(package, extra) from error

@@ -65,8 +65,20 @@ _prepared: dict[tuple[Any, ...], _Prepared] = {}
 def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked call, differentiable; the only caller of the registered op."""
     _refuse_forward_mode(operands)
+    return torch.ops.flashtile.attention_forward.default(*_flat(problem, operands, backend))
+
+
+def gradients(
+    problem: AttentionProblem, operands: Operands, out: Tensor, lse: Tensor, d_out: Tensor, backend: str
+) -> list[Tensor]:
+    """The gradients that ``problem.gradients`` names, ordered as ``DIFFERENTIABLE``; not recorded by autograd."""
+    return torch.ops.flashtile.attention_backward.default(d_out, None, out, lse, *_flat(problem, operands, backend))
+
+
+def _flat(problem: AttentionProblem, operands: Operands, backend: str) -> tuple[Any, ...]:
+    """A checked call as the registered ops take it."""
     is_packed = problem.layout == "varlen"
-    return torch.ops.flashtile.attention_forward.default(
+    return (
         operands.q,
         operands.k,
         operands.v,

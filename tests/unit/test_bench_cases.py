@@ -15,8 +15,8 @@ from flashtile.bench.cases import (
     Grid,
     Option,
     default_grids,
-    filtered,
 )
+from flashtile.bench.labels import filtered
 
 CASE = BenchCase(
     direction="forward",

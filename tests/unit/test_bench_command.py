@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from flashtile import InvalidArgument, MissingExtra
-from flashtile.bench import baselines, command, compile_ahead, environment, results, timing
-from flashtile.bench.baselines import NAIVE, AttentionFn, Peer
+from flashtile.bench import baselines, command, compile_ahead, documents, environment, results, session, timing
+from flashtile.bench.baselines import NAIVE, Peer
+from flashtile.bench.documents import Document
+from flashtile.bench.formula import AttentionFn
+from flashtile.bench.results import KernelResults
 from flashtile.bench.tensors import CaseTensors
 
 TINY = ["--device", "cpu", "--head-dim", "16", "--dtype", "fp32", "--budget-s", "0.001", "--quick"]
@@ -54,7 +57,7 @@ def test_tables_on_stdout_progress_on_stderr_results_in_the_default_file(capsys:
     assert "forward, float32" in out and "Worst against naive at 32 tokens, causal" in out
     assert "[4/4] forward float32 head_dim=16 seqlen=32 causal" in err
     assert "Results are in out/bench_kernels_cpu.json" in err
-    found = results.load(Path("out/bench_kernels_cpu.json"))
+    found = results.load(Path("out/bench_kernels_cpu.json"), KernelResults)
     assert found.is_complete and found.budget_s == 0.001
     assert [row.peer for row in found.rows] == ["flashtile", "naive", "sdpa"] * 4
     assert found.missing_peers["flex"] == "needs a GPU"
@@ -140,19 +143,19 @@ def test_ctrl_c_while_compiling_ahead_ends_the_run(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compile_ahead, "run", interrupt)
-    assert bench(*TINY, "--seqlen", "16", "--compile-processes", "1") == command.EXIT_INTERRUPTED
+    assert bench(*TINY, "--seqlen", "16", "--compile-processes", "1") == session.EXIT_INTERRUPTED
     assert "Interrupted; 0 of 4 cases" in capsys.readouterr().err
 
 
 def test_the_file_grows_with_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, bool]] = []
-    save = results.save
+    save = documents.save
 
-    def watch(path: Path, found: results.KernelResults) -> None:
+    def watch(path: Path, found: Document) -> None:
         save(path, found)
-        sizes.append((len(results.load(path).rows), found.is_complete))
+        sizes.append((len(results.load(path, KernelResults).rows), found.is_complete))
 
-    monkeypatch.setattr(results, "save", watch)
+    monkeypatch.setattr(documents, "save", watch)
     assert bench(*TINY, "--seqlen", "16", "--direction", "forward") == 0
     assert sizes[:2] == [(3, False), (6, True)]
 
@@ -163,9 +166,9 @@ def test_ctrl_c_keeps_the_finished_cases(
 ) -> None:
     interrupting(monkeypatch, at_seqlen=32)
     options = ["--seqlen", "16", "32", "48", "--direction", "forward", "--out", "a.json", *["--json"] * is_json]
-    assert bench(*TINY, *options) == command.EXIT_INTERRUPTED == 130
+    assert bench(*TINY, *options) == session.EXIT_INTERRUPTED == 130
     out, err = capsys.readouterr()
-    found = results.load(Path("a.json"))
+    found = results.load(Path("a.json"), KernelResults)
     assert [row.case.seqlen for row in found.rows] == [16] and not found.is_complete
     assert "Interrupted; 1 of 6 cases are finished and kept." in err
     assert json.loads(out)["is_complete"] is False if is_json else "The run was interrupted" in out

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flashtile.bench import environment, kernels, timing
-from flashtile.bench.baselines import FLASHTILE, NAIVE, PEERS, SDPA, AttentionFn, Peer
+from flashtile.bench.baselines import FLASHTILE, NAIVE, PEERS, SDPA, Peer
 from flashtile.bench.cases import DIRECTIONS, OPTIONS, BenchCase, Direction, Option
+from flashtile.bench.formula import AttentionFn
 from flashtile.bench.results import KernelResults, KernelRow
 from flashtile.bench.tensors import CaseTensors
 from flashtile.bench.timing import CpuClock

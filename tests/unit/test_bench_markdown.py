@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from flashtile.bench import markdown, results
+from flashtile.bench import documents, markdown, results
 from flashtile.bench.baselines import FLASHTILE, FLEX, NAIVE, SDPA_CUDNN, SDPA_FLASH
 from flashtile.bench.cases import BenchCase
 from flashtile.bench.environment import Environment
-from flashtile.bench.results import Ceilings, KernelResults, KernelRow
+from flashtile.bench.results import Ceilings, KernelResults, KernelRow, ModelResults
 from flashtile.bench.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -86,17 +86,18 @@ def test_the_page_is_that_of_the_files(tmp_path: Path) -> None:
     )
     assert stored == written, "run 'make performance'"
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        if json.loads(path.read_text(encoding="utf-8"))["schema"] == results.SCHEMA:
+        if isinstance(results.load(path), KernelResults):
             assert f"(../benchmarks/results/{path.name})" in stored
 
 
 def test_files_of_other_benchmarks_are_left_out_and_damaged_ones_are_not(tmp_path: Path) -> None:
     read: Any = runpy.run_path(str(ROOT / "scripts" / "performance_page.py"))["kernel_results"]
-    results.save(tmp_path / "b.json", GPU)
-    (tmp_path / "a.json").write_text('{"schema": "flashtile.bench.decode"}')
+    models = {"environment": GPU.environment, "created_utc": GPU.created_utc, "budget_s": 1.0, "is_complete": True}
+    documents.save(tmp_path / "a.json", ModelResults(**models, rows=(), limits=()))
+    documents.save(tmp_path / "b.json", GPU)
     assert read(tmp_path) == {"b.json": GPU}
-    (tmp_path / "c.json").write_text(json.dumps({"schema": results.SCHEMA, "version": 1}))
-    with pytest.raises(results.InvalidResults, match=r"c\.json"):
+    (tmp_path / "c.json").write_text(json.dumps({"schema": KernelResults.schema(), "version": 1}))
+    with pytest.raises(documents.InvalidResults, match=r"c\.json"):
         read(tmp_path)
 
 

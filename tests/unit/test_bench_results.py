@@ -15,10 +15,11 @@ import torch
 
 import flashtile
 from flashtile import InvalidArgument
-from flashtile.bench import environment, results
+from flashtile.bench import documents, environment, results
 from flashtile.bench.cases import BenchCase
+from flashtile.bench.documents import InvalidResults
 from flashtile.bench.environment import Environment
-from flashtile.bench.results import Ceilings, InvalidResults, KernelResults, KernelRow
+from flashtile.bench.results import Ceilings, KernelResults, KernelRow
 from flashtile.bench.timing import Timing
 
 CASE = BenchCase(
@@ -68,7 +69,7 @@ RESULTS = KernelResults(
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "results.json"
-    results.save(path, RESULTS)
+    documents.save(path, RESULTS)
     return path
 
 
@@ -79,12 +80,12 @@ def test_round_trip(saved: Path) -> None:
 def test_the_document_names_its_schema_and_version_first(saved: Path) -> None:
     document = json.loads(saved.read_text(encoding="utf-8"))
     assert list(document)[:2] == ["schema", "version"]
-    assert (document["schema"], document["version"]) == (results.SCHEMA, results.VERSION)
+    assert (document["schema"], document["version"]) == ("flashtile.bench.kernels", KernelResults.version)
 
 
 def test_saving_replaces_and_leaves_nothing_else(saved: Path) -> None:
-    results.save(saved, replace(RESULTS, rows=()))
-    assert results.load(saved).rows == ()
+    documents.save(saved, replace(RESULTS, rows=()))
+    assert results.load(saved, KernelResults).rows == ()
     assert list(saved.parent.iterdir()) == [saved]
 
 
@@ -94,13 +95,13 @@ def test_an_interrupted_save_leaves_the_old_file_whole(saved: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        results.save(saved, replace(RESULTS, rows=()))
+        documents.save(saved, replace(RESULTS, rows=()))
     assert results.load(saved) == RESULTS
     assert list(saved.parent.iterdir()) == [saved]
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> str:
-    document = json.loads(results.to_json(RESULTS))
+    document = json.loads(documents.to_json(RESULTS))
     change(document)
     return json.dumps(document)
 
@@ -120,7 +121,7 @@ def put(value: Any, *place: str | int) -> str:
     ("text", "said"),
     [
         ("", "JSONDecodeError"),
-        (results.to_json(RESULTS)[:-40], "JSONDecodeError"),
+        (documents.to_json(RESULTS)[:-40], "JSONDecodeError"),
         ("[1, 2]", "schema None"),
         ('{"name": "somebody else\'s"}', "schema None"),
         (put("pytest-benchmark", "schema"), "schema 'pytest-benchmark'"),
@@ -168,7 +169,7 @@ def test_a_missing_file_a_folder_and_a_binary_are_refused(tmp_path: Path) -> Non
 def test_a_whole_number_is_read_as_a_float(tmp_path: Path) -> None:
     path = tmp_path / "whole.json"
     path.write_text(put(2, "rows", 0, "tflops"), encoding="utf-8")
-    tflops = results.load(path).rows[0].tflops
+    tflops = results.load(path, KernelResults).rows[0].tflops
     assert tflops == 2.0 and isinstance(tflops, float)
 
 
@@ -177,13 +178,15 @@ def test_a_file_of_before_the_options_is_read_as_plain_calls(tmp_path: Path) -> 
     path.write_text(edit(lambda document: [row["case"].pop("option") for row in document["rows"]]), encoding="utf-8")
     assert results.load(path) == RESULTS
     stored = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("cpu_*.json"))
-    assert stored and all({row.case.option for row in results.load(path).rows} == {"plain"} for path in stored)
+    assert stored and all(
+        {row.case.option for row in results.load(path, KernelResults).rows} == {"plain"} for path in stored
+    )
 
 
 def test_the_option_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     found = replace(RESULTS, rows=(replace(ROW, case=replace(CASE, option="alibi")),))
-    results.save(path, found)
+    documents.save(path, found)
     assert results.load(path) == found
 
 

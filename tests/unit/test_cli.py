@@ -44,7 +44,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["doctor"], ["explain"], ["support"], ["bench"], ["bench", "kernels"], ["demo"]]
+    "command", [[], ["doctor"], ["explain"], ["support"], ["bench"], ["bench", "kernels"], ["report"], ["demo"]]
 )
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -122,8 +122,10 @@ def test_support(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["devices"] == ["cpu", "h200", "mi300x"]
 
 
-@pytest.mark.parametrize(("command", "module"), [(["bench", "kernels"], cli.bench), (["demo"], cli.demo)])
-def test_bench_and_demo_run_their_own_command(command: list[str], module: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("command", "module"), [(["bench", "kernels"], cli.bench), (["report"], cli.report), (["demo"], cli.demo)]
+)
+def test_bench_report_and_demo_run_their_own_command(command: list[str], module: ModuleType) -> None:
     assert cli.build_parser().parse_args(command).run is module.run
 
 
@@ -165,7 +167,7 @@ def test_an_error_of_ours_is_one_message_and_exit_code_1(
         ([*EXPLAIN, "--gradients", "lse"], "invalid choice: 'lse'"),
         ([*EXPLAIN, "--gradients", "q", "--forward-only"], "not allowed with"),
         (["support", "--json", "--markdown"], "not allowed with"),
-        (["report"], "invalid choice: 'report'"),
+        (["report", "--out"], "expected one argument"),
     ],
     ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "",
 )

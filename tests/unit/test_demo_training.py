@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtile.bench import environment
-from flashtile.demo import clock, model, training
+from flashtile.bench import attention_clock, environment
+from flashtile.bench.transformer import ModelShape, Transformer
+from flashtile.demo import model, training
 from flashtile.demo.corpus import Corpus
-from flashtile.demo.model import ModelShape
 from flashtile.demo.results import Comparison
 from flashtile.demo.training import TrainingSettings
 
@@ -97,8 +97,8 @@ def test_the_clock_sees_the_attention_calls_forward_and_backward_and_nothing_els
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now.seconds)
-    watch = clock.AttentionClock(torch.device("cpu"))
+    monkeypatch.setattr(attention_clock.time, "perf_counter", lambda: now.seconds)
+    watch = attention_clock.AttentionClock(torch.device("cpu"))
     attention = watch.around(lambda q, k, v: Delay.apply(q + k * v, now, 3.0, 5.0))
     x = torch.ones(1, 4, 1, 2, requires_grad=True)
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_the_clock_sees_the_attention_calls_forward_and_backward_and_nothing_els
 
 def test_the_clock_changes_no_gradient() -> None:
     q, k, v = (torch.randn(1, 8, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    timed = clock.AttentionClock(torch.device("cpu")).around(model.naive_attention)
+    timed = attention_clock.AttentionClock(torch.device("cpu")).around(model.naive_attention)
     plain = torch.autograd.grad(model.naive_attention(q, k, v).pow(2).sum(), (q, k, v))
     assert all(map(torch.equal, torch.autograd.grad(timed(q, k, v).pow(2).sum(), (q, k, v)), plain))
 
@@ -196,7 +196,7 @@ def test_sampling_repeats_with_its_seed_and_reads_a_bounded_context() -> None:
         lengths.append(q.shape[1])
         return model.flashtile_attention(q, k, v)
 
-    writer = model.ByteTransformer(
+    writer = Transformer(
         shape, attention=watched, attention_dtype=torch.float32, generator=torch.Generator().manual_seed(0)
     )
     texts = {
@@ -216,7 +216,7 @@ def test_sampling_repeats_with_its_seed_and_reads_a_bounded_context() -> None:
 
 
 def test_the_model_cannot_see_the_future() -> None:
-    writer = model.ByteTransformer(
+    writer = Transformer(
         ModelShape(layers=2, d_model=16, heads=2),
         attention=model.flashtile_attention,
         attention_dtype=torch.float32,

@@ -10,6 +10,7 @@ import pytest
 
 import flashtile
 from flashtile import FallbackRefused, FlashtileError, InvalidArgument, MissingExtra, UnsupportedProblem
+from flashtile.errors import NameTaken
 
 REASONS = {"cpu": ("runs on CPU tensors only", "and twice so"), "naive": ("is switched off",)}
 EVERY_KIND: list[FlashtileError] = [
@@ -17,6 +18,7 @@ EVERY_KIND: list[FlashtileError] = [
     UnsupportedProblem("No allowed backend takes this:", REASONS),
     FallbackRefused("Strict mode refuses:", REASONS),
     MissingExtra("rich", "bench"),
+    NameTaken("flash_attn is loaded already"),
 ]
 
 

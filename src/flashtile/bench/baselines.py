@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flashtile
 from flashtile.bench.cases import DTYPES, OPTIONS, BenchCase, Option
+from flashtile.bench.formula import AttentionFn, naive_attention
 from flashtile.bench.tensors import CaseTensors
-
-AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v) -> out, all [batch, seqlen, heads, head_dim], differentiable."""
 
 FLASHTILE = "flashtile"
 NAIVE = "naive"
@@ -96,19 +93,7 @@ def _naive(tensors: CaseTensors) -> AttentionFn:
     hidden = added = None
     if (mask := tensors.dense_mask) is not None:
         hidden, added = (~mask, None) if mask.dtype == torch.bool else (None, mask)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, -math.inf)
-        if added is not None:
-            scores = scores + added
-        return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
-
-    return attend
+    return partial(naive_attention, hidden=hidden, added=added)
 
 
 def _naive_scratch_bytes(case: BenchCase) -> int:

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 
 import torch
 
-from flashtile.errors import InvalidArgument
 from flashtile.spec import accounting, sizes
 from flashtile.spec.problem import AttentionProblem
 
@@ -44,9 +43,13 @@ class BenchCase:
     heads_kv: int
     option: Option = "plain"
 
+    def __post_init__(self) -> None:
+        if min(self.head_dim, self.seqlen, self.batch, self.heads_q, self.heads_kv) < 1:
+            raise ValueError("has a size below 1")
+
     @property
     def label(self) -> str:
-        """The case in words that ``filtered`` matches, for example
+        """The case in words that a filter matches, for example
         ``backward float32 head_dim=64 seqlen=1024 causal plain batch=1 heads_q=8 heads_kv=8``."""
         return (
             f"{self.direction} {self.dtype} head_dim={self.head_dim} seqlen={self.seqlen} {self.mask_name} "
@@ -191,42 +194,3 @@ def default_grids(device_type: str, *, is_quick: bool, options: Sequence[Option]
     if carried := tuple(option for option in OPTIONS if option in options and option != "plain"):
         grids.append(replace(whole, options=carried, **_SIZES_OF_OPTIONS[device_type]))
     return tuple(grids)
-
-
-def filtered(cases: Sequence[BenchCase], expression: str) -> tuple[BenchCase, ...]:
-    """The cases whose label has every word of ``expression``.
-
-    Args:
-        cases: what to select from.
-        expression: words of ``BenchCase.label`` joined by ``and``, each optionally after ``not``. Words match whole:
-            ``forward`` does not select ``forward+backward``.
-
-    Raises:
-        InvalidArgument: a word that no case has, or a combination that selects nothing.
-
-    Example:
-        >>> from flashtile.bench.cases import CPU_GRID, filtered
-        >>> len(filtered(CPU_GRID.cases(), "causal and head_dim=64 and not backward"))
-        4
-    """
-    known = {word for case in cases for word in case.label.split()}
-    selected = cases
-    for term in (part.split() for part in expression.replace(" and ", "\n").split("\n")):
-        is_wanted, words = (False, term[1:]) if term[:1] == ["not"] else (True, term)
-        if len(words) != 1 or words[0] not in known:
-            raise InvalidArgument(
-                "--filter",
-                got=f"{' '.join(term)!r} in {expression!r}",
-                wanted="words joined by 'and', each optionally after 'not', out of: " + ", ".join(sorted(known)),
-                remedy="for example --filter 'causal and not float32'; --head-dim, --seqlen, --dtype, --direction and "
-                "--options change what is in the grid",
-            )
-        selected = [case for case in selected if (words[0] in case.label.split()) == is_wanted]
-    if not selected:
-        raise InvalidArgument(
-            "--filter",
-            got=repr(expression),
-            wanted="a filter that selects at least one case",
-            remedy="drop a term: each of its words occurs, but in no case together",
-        )
-    return tuple(selected)

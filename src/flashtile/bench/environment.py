@@ -13,6 +13,7 @@ import torch
 
 import flashtile
 from flashtile.errors import InvalidArgument
+from flashtile.spec import units
 
 _PEER_MODULES = ("triton", "flash_attn", "flash_attn_interface", "xformers")
 
@@ -71,6 +72,17 @@ def available_bytes(device: torch.device) -> int | None:
         return available_host_bytes()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def lack_of_memory(needed: int, device: torch.device) -> str | None:
+    """Why something that takes ``needed`` bytes at least need not be tried; None if it may fit.
+
+    On a CPU, trying would not raise an error but could end the whole process.
+    """
+    available = available_bytes(device)
+    if available is None or needed <= available:
+        return None
+    return f"needs at least {units.in_bytes(needed)}, {units.in_bytes(available)} are free: not tried"
 
 
 def available_host_bytes() -> int | None:

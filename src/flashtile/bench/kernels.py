@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +14,16 @@ from torch import Tensor
 from flashtile import dispatch
 from flashtile.backends.base import Plan
 from flashtile.bench import environment, timing
-from flashtile.bench.baselines import FLASHTILE, NAIVE, SDPA, AttentionFn, Peer
+from flashtile.bench.baselines import FLASHTILE, NAIVE, SDPA, Peer
 from flashtile.bench.cases import BenchCase, Direction
+from flashtile.bench.checking import TOLERATED_DIFFERENCE, Checker
+from flashtile.bench.formula import AttentionFn
 from flashtile.bench.results import Ceilings, KernelResults, KernelRow
 from flashtile.bench.tensors import CaseTensors
 from flashtile.bench.timing import Candidate, Clock, Failure, Timing
-from flashtile.spec import devices, units
+from flashtile.spec import devices
 from flashtile.testing.memory import peak_extra_bytes
 
-_TOLERATED_DIFFERENCE = {"float16": 0.05, "bfloat16": 0.05, "float32": 0.005, "float64": 1e-6}
-"""Relative to the largest magnitude of a result; catches wrong masks and wrong heads, not lost digits."""
 _MAX_REASON = 500
 
 
@@ -105,7 +104,7 @@ class _FirstCall:
     """What a peer's first, untimed calls showed."""
 
     peak_bytes: int
-    difference: float
+    difference: float | None
 
 
 def _rows_of_case(
@@ -145,7 +144,7 @@ def _try_all(
             peer.name: KernelRow(case=case, peer=peer.name, status="out_of_memory", reason=reason) for peer in peers
         }
         return rows, candidates, first_calls
-    checker = _Checker()
+    checker = Checker()
     # flashtile first, because the others are checked against it; then those that leave most memory to the next
     for peer in sorted(peers, key=lambda peer: (peer.name != FLASHTILE, peer.scratch_bytes(case))):
         outcome = _try(peer, tensors, checker)
@@ -157,13 +156,13 @@ def _try_all(
     return rows, candidates, first_calls
 
 
-def _try(peer: Peer, tensors: CaseTensors, checker: _Checker) -> KernelRow | tuple[Candidate, _FirstCall]:
+def _try(peer: Peer, tensors: CaseTensors, checker: Checker) -> KernelRow | tuple[Candidate, _FirstCall]:
     """What the peer refuses, what memory it takes, and whether its result is right."""
     case, device = tensors.case, tensors.device
     row = partial(KernelRow, case=case, peer=peer.name)
     if (reason := peer.unavailable_reason(case, device)) is not None:
         return row(status="unavailable", reason=reason)
-    if (reason := _lack_of_memory(peer, case, device)) is not None:
+    if (reason := environment.lack_of_memory(peer.scratch_bytes(case), device)) is not None:
         return row(status="out_of_memory", reason=reason)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -181,11 +180,8 @@ def _try(peer: Peer, tensors: CaseTensors, checker: _Checker) -> KernelRow | tup
             if failure.status == "refused":  # torch says in warnings why it has no kernel
                 explained = "; ".join([failure.reason, *_reasons_in(said)])
             return row(status=failure.status, reason=explained[:_MAX_REASON])
-    if not math.isfinite(difference):
-        return row(status="wrong_result", reason="has NaN or infinite values")
-    if difference > _TOLERATED_DIFFERENCE[case.dtype]:
-        reason = f"differs from {checker.reference} by {difference:.2g} of the largest magnitude"
-        return row(status="wrong_result", reason=reason, difference=difference)
+    if (fault := checker.fault(difference, TOLERATED_DIFFERENCE[case.dtype])) is not None:
+        return row(status="wrong_result", reason=fault, difference=difference)
     return candidate, _FirstCall(peak_bytes=peak_bytes, difference=difference)
 
 
@@ -204,33 +200,6 @@ def runner(attend: AttentionFn, direction: Direction, tensors: CaseTensors) -> C
         return lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), d_out)
     out = attend(q, k, v)
     return lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
-
-
-def _lack_of_memory(peer: Peer, case: BenchCase, device: torch.device) -> str | None:
-    needed, available = peer.scratch_bytes(case), environment.available_bytes(device)
-    if available is None or needed <= available:
-        return None
-    return f"needs at least {units.in_bytes(needed)}, {units.in_bytes(available)} are free: not tried"
-
-
-class _Checker:
-    """Compares each result with the first finite one that there was."""
-
-    def __init__(self) -> None:
-        self.reference: str | None = None
-        self._expected: tuple[Tensor, ...] = ()
-
-    def difference(self, name: str, result: tuple[Tensor, ...]) -> float:
-        """Largest difference over the reference's largest magnitude, the worst of all tensors; 0 for the reference,
-        infinite for a result that is not finite."""
-        if not all(bool(tensor.isfinite().all()) for tensor in result):
-            return math.inf
-        if self.reference is None:
-            self.reference, self._expected = name, tuple(tensor.detach() for tensor in result)
-        return max(
-            float((got.detach() - expected).abs().max() / expected.abs().max())
-            for got, expected in zip(result, self._expected, strict=True)
-        )
 
 
 def _measured_row(
@@ -254,15 +223,11 @@ def _measured_row(
         percent_of_ceiling=100 * tflops / ceilings.matmul_tflops[case.dtype],
         peak_extra_bytes=first_call.peak_bytes,
         difference=first_call.difference,
-        speedup_over_naive=_speedup(timed, timings.get(NAIVE)),
-        speedup_over_sdpa=_speedup(timed, timings.get(SDPA)),
+        speedup_over_naive=timing.speedup(timed, timings.get(NAIVE)),
+        speedup_over_sdpa=timing.speedup(timed, timings.get(SDPA)),
         kernel=None if plan is None else _kernel_name(plan, case.direction),
         kernel_reason=None if plan is None else plan.reason,
     )
-
-
-def _speedup(timed: Timing, other: Timing | Failure | None) -> float | None:
-    return other.median_ms / timed.median_ms if isinstance(other, Timing) else None
 
 
 def _kernel_name(plan: Plan, direction: Direction) -> str:

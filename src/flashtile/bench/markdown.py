@@ -6,22 +6,21 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import geometric_mean
 
-from flashtile.bench.baselines import FLASHTILE, FLEX, NAIVE, PEERS, SDPA, SDPA_CUDNN, SDPA_FLASH
+from flashtile.bench.baselines import FLASHTILE
 from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import KernelResults, KernelRow
-from flashtile.bench.summary import TOLERANCE, WORDS, Speedups, gaps, listed, options_used, speedups, three_digits
-
-_TITLES = {
-    FLEX: "FlexAttention",
-    SDPA_FLASH: "FA2 in torch",
-    SDPA_CUDNN: "cuDNN in torch",
-    SDPA: "torch's default",
-    f"{SDPA}-efficient": "memory-efficient in torch",
-    f"{SDPA}-math": "math in torch",
-    NAIVE: "naive formula",
-}
-"""Those whose name does not say what they are, in the order of their columns."""
-_COLUMNS = (*_TITLES, *(peer.name for peer in PEERS if peer.name not in (FLASHTILE, *_TITLES)))
+from flashtile.bench.summary import (
+    WORDS,
+    Speedups,
+    gaps,
+    listed,
+    options_used,
+    peer_title,
+    rivals,
+    speedups,
+    three_digits,
+    where_slower,
+)
 
 _HEAD = """\
 # Performance
@@ -57,13 +56,14 @@ def page(files: Mapping[str, KernelResults]) -> str:
 
 
 def _run(name: str, results: KernelResults) -> str:
-    known = {peer: ratios for peer in _COLUMNS if (ratios := speedups(results, peer))}
-    timed = [peer for peer in _COLUMNS if any(row.peer == peer and row.timing for row in results.rows)]
+    timed = rivals(results)
+    known = {peer: ratios for peer in timed if (ratios := speedups(results, peer))}
     parts = [
         f"## {_escaped(results.environment.device_name)}",
         _conditions(name, results),
         "### Where flashtile is slower",
-        _bullets(_slower(_title(peer), ratios) for peer, ratios in known.items()) or "Nothing to compare with.",
+        _bullets(f"{_title(peer)}: {where_slower(ratios)}" for peer, ratios in known.items())
+        or "Nothing to compare with.",
         "### Geometric means of flashtile's speed over each peer's",
         _means(known),
         *_tables(results, timed, known),
@@ -87,22 +87,6 @@ def _conditions(name: str, results: KernelResults) -> str:
         *(f"Option {_escaped(line)}" for line in options_used(results)),
     ]
     return _bullets(lines)
-
-
-def _slower(title: str, ratios: Speedups) -> str:
-    """For example ``FlexAttention: slower in 2 of 36 cases, by more than 5% in 1; at worst 0.93x its speed (...).``"""
-    num_slower, num_far = (sum(ratio < limit for ratio in ratios.values()) for limit in (1, 1 - TOLERANCE))
-    worst = min(ratios, key=lambda case: ratios[case])
-    where = f"{ratios[worst]:.2f}x its speed ({_words(worst)})"
-    if num_slower == 0:
-        return f"{title}: in none of {len(ratios)} cases; the closest is {where}."
-    counts = f"slower in {num_slower} of {len(ratios)} cases, by more than {TOLERANCE:.0%} in {num_far}"
-    return f"{title}: {counts}; at worst {where}."
-
-
-def _words(case: BenchCase) -> str:
-    option = "" if case.option == "plain" else f", {case.option}"
-    return f"{case.direction}, {case.dtype}, head_dim {case.head_dim}, {case.seqlen} tokens, {case.mask_name}{option}"
 
 
 def _means(known: Mapping[str, Speedups]) -> str:
@@ -162,7 +146,7 @@ def _cell(row: KernelRow | None, speedup: float | None) -> str:
 
 
 def _title(peer: str) -> str:
-    return _TITLES.get(peer, peer)
+    return _escaped(peer_title(peer))
 
 
 def _multiple(ratio: float) -> str:

@@ -1,30 +1,36 @@
-"""Results files: one JSON document per run, with a versioned schema, written atomically and checked when read."""
+"""What the three benchmarks record: ``KernelResults``, ``ModelResults`` and ``IoResults``, and how any is read."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import types
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, TypeVar, overload
 
+from flashtile.bench import documents
 from flashtile.bench.cases import BenchCase
-from flashtile.bench.environment import Environment
+from flashtile.bench.documents import Document
+from flashtile.bench.models.cases import LimitCase, ModelCase
 from flashtile.bench.timing import Timing
-from flashtile.errors import InvalidArgument
-
-SCHEMA = "flashtile.bench.kernels"
-VERSION = 1
-"""Raised whenever a field is removed or changes its meaning, or one is added that older files need: they are read as
-having the default of each field that they lack."""
 
 Status = Literal["ok", "unavailable", "refused", "out_of_memory", "wrong_result"]
 
 
-class InvalidResults(InvalidArgument):
-    """A file that is no results file of ours, is damaged, or comes from a newer flashtile."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One peer on one case. Whatever is measured is None unless the status is ok."""
+
+    peer: str
+    status: Status
+    reason: str | None = None
+    """Why there is no timing; None exactly if the status is ok."""
+    timing: Timing | None = None
+
+    def __post_init__(self) -> None:
+        if (self.status == "ok") == (self.timing is None):
+            raise ValueError(f"has status {self.status} and timing {self.timing}, but has a timing exactly if ok")
+
+
+# --- bench kernels ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +44,10 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelRow:
-    """One peer on one case. Everything from ``timing`` to ``speedup_over_sdpa`` is None unless the status is ok."""
+class KernelRow(Row):
+    """One peer on one attention call."""
 
     case: BenchCase
-    peer: str
-    status: Status
-    reason: str | None = None
-    """Why there is no timing; None exactly if the status is ok."""
-    timing: Timing | None = None
     tflops: float | None = None
     """Useful operations of the case (``BenchCase.flops``) over the median."""
     percent_of_ceiling: float | None = None
@@ -66,117 +67,137 @@ class KernelRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelResults:
+class KernelResults(Document):
     """One run of ``flashtile bench kernels``."""
 
-    environment: Environment
-    created_utc: str
-    """ISO 8601."""
-    budget_s: float
-    """Time for each case."""
+    benchmark: ClassVar[str] = "kernels"
+    version: ClassVar[int] = 1
+
     ceilings: Ceilings
     missing_peers: dict[str, str]
     """Peers that take none of the cases on this machine, with the reason; they have no rows."""
-    is_complete: bool
-    """False while the run goes on, and for good if it was interrupted."""
     rows: tuple[KernelRow, ...]
 
 
-def to_json(results: KernelResults) -> str:
-    """The document that ``load`` reads."""
-    return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(results)}, indent=1, allow_nan=False) + "\n"
+# --- bench models -----------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, results: KernelResults) -> None:
-    """Writes the file whole or not at all: readers and a Ctrl-C never see half of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(to_json(results), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow(Row):
+    """One attention function in one whole model: a training step, a prefill, or one more token."""
+
+    case: ModelCase
+    peak_bytes: int | None = None
+    """Most memory held at one time, ``state_bytes`` included."""
+    state_bytes: int | None = None
+    """What is held between two steps: weights, the optimizer's sums, the cache of keys and values, the inputs."""
+    attention_share: float | None = None
+    """Of the time, 0 to 1: from the begin to the end of each attention call, forward and backward, summed over the
+    layers, in runs of their own. What lies between the calls (projections, rotary positions) does not count."""
+    attention_ms: float | None = None
+    """That share of the median."""
+    difference: float | None = None
+    """As in ``KernelRow``, of what the whole model computes."""
+    speedup_over_naive: float | None = None
+    """Median of the naive formula over this median: above 1 is faster. None if naive has no timing."""
+    speedup_over_sdpa: float | None = None
+    memory_ratio_to_naive: float | None = None
+    """Peak of the naive formula over this peak: above 1 is less memory."""
+
+    @property
+    def amdahl_limit(self) -> float | None:
+        """How many times as fast the model could be if its attention took no time at all."""
+        return None if self.attention_share is None else 1 / max(1 - self.attention_share, 1e-9)
 
 
-def load(path: Path) -> KernelResults:
-    """Reads and checks a results file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitRow:
+    """The largest batch, or the longest sequence, whose training step fits into memory with one attention function."""
+
+    case: LimitCase
+    peer: str
+    status: Literal["tried", "extrapolated", "failed"]
+    """``tried``: steps of ``largest`` ran and steps of ``too_large`` ran out of memory. ``extrapolated``: from the
+    peaks of small steps to ``memory_bytes``; nothing so large was tried."""
+    reason: str | None = None
+    """Why it failed."""
+    largest: int | None = None
+    """0 if not even the smallest fits."""
+    too_large: int | None = None
+    """The smallest that was tried in vain. The truth lies between it and ``largest``."""
+    memory_bytes: int | None = None
+    """What there was for the whole step, ``state_bytes`` included; None if unknown."""
+
+    def __post_init__(self) -> None:
+        if (self.status == "failed") == (self.largest is not None):
+            raise ValueError(f"has status {self.status} and largest {self.largest}, but has none exactly if failed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelResults(Document):
+    """One run of ``flashtile bench models``."""
+
+    benchmark: ClassVar[str] = "models"
+    version: ClassVar[int] = 1
+
+    rows: tuple[ModelRow, ...]
+    limits: tuple[LimitRow, ...]
+
+
+# --- bench io ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoRow(Row):
+    """What one attention call moves between the processor and its memory."""
+
+    case: BenchCase
+    predicted: dict[str, int]
+    """Bytes by what they are for, in the order of the computation, from ``flashtile.spec.accounting``. There also
+    where nothing could be measured."""
+    counted_bytes: int | None = None
+    """Read plus written, from the device's own counters. None where no profiler can read them."""
+    bound_bytes: int | None = None
+    """The median time at the rate of a large copy: the call moved no more than this. An upper bound, and a loose one
+    where arithmetic sets the time."""
+
+    @property
+    def predicted_bytes(self) -> int:
+        return sum(self.predicted.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoResults(Document):
+    """One run of ``flashtile bench io``."""
+
+    benchmark: ClassVar[str] = "io"
+    version: ClassVar[int] = 1
+
+    copy_gb_per_s: float
+    """10**9 bytes/s, read plus written, of a large copy in the same run."""
+    counter: str | None
+    """Who read the device's counters, for example ``ncu 2025.3``; None if nobody could."""
+    no_counter_reason: str | None
+    """Why nobody could."""
+    rows: tuple[IoRow, ...]
+
+
+# --- reading any of them ----------------------------------------------------------------------------------------------
+
+AnyRow = KernelRow | ModelRow | IoRow
+Results = KernelResults | ModelResults | IoResults
+KINDS = (KernelResults, ModelResults, IoResults)
+D = TypeVar("D", bound=Document)
+
+
+@overload
+def load(path: Path) -> Results: ...
+@overload
+def load(path: Path, kind: type[D]) -> D: ...
+def load(path: Path, kind: type[Document] | None = None) -> Document:
+    """Reads and checks a results file: of ``kind``, or of whichever kind its schema names.
 
     Raises:
-        InvalidResults: the file cannot be read, is no results file, lacks or has unknown fields, or is newer.
+        InvalidResults: as ``documents.load``.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _invalid(path, f"{type(error).__name__}: {error}", "a readable JSON file") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else None
-        raise _invalid(path, f"schema {found!r}", f"schema {SCHEMA!r}")
-    version = document.get("version")
-    if type(version) is not int or version != VERSION:
-        is_newer = type(version) is int and version > VERSION
-        remedy = "upgrade flashtile to read it" if is_newer else "run the benchmark again with this flashtile"
-        raise _invalid(path, f"schema version {version!r}", f"version {VERSION}", remedy)
-    content = {name: value for name, value in document.items() if name not in ("schema", "version")}
-    try:
-        return _decode(KernelResults, content, "results")
-    except _Mismatch as mismatch:
-        raise _invalid(path, mismatch.got, mismatch.wanted) from None
-
-
-def _invalid(
-    path: Path, got: str, wanted: str, remedy: str = "write it anew with 'flashtile bench kernels --out FILE'"
-) -> InvalidResults:
-    return InvalidResults(str(path), got=got, wanted=wanted, remedy=remedy)
-
-
-# --- from JSON to the dataclasses, by their annotations ---------------------------------------------------------------
-
-
-class _Mismatch(Exception):
-    def __init__(self, got: str, wanted: str) -> None:
-        self.got = got
-        self.wanted = wanted
-        super().__init__(got, wanted)
-
-
-def _decode(annotation: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotation has it; raises _Mismatch naming the place otherwise."""
-    if is_dataclass(annotation):
-        return _decode_dataclass(annotation, value, where)
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        wanted = next(argument for argument in arguments if argument is not type(None))
-        return None if value is None else _decode(wanted, value, where)
-    if origin is Literal:
-        if value in arguments and isinstance(value, str):
-            return value
-        raise _Mismatch(f"{where} = {_shown(value)}", f"one of {', '.join(arguments)}")
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], item, f"{where}[{idx}]") for idx, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {name: _decode(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
-    if annotation is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if annotation in (int, bool, str) and type(value) is annotation:
-        return value
-    wanted = {tuple: "a list", dict: "an object", float: "a finite number"}.get(origin or annotation)
-    raise _Mismatch(f"{where} = {_shown(value)}", wanted or f"a {annotation.__name__}")
-
-
-def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _Mismatch(f"{where} = {_shown(value)}", "an object")
-    known = {field.name for field in fields(cls)}
-    needed = {field.name for field in fields(cls) if field.default is MISSING}
-    for problem, names in (("without", needed - value.keys()), ("with the unknown", value.keys() - known)):
-        if names:
-            raise _Mismatch(f"{where} {problem} {', '.join(sorted(names))}", f"the fields of {cls.__name__}")
-    hints = get_type_hints(cls)
-    decoded = cls(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-    if isinstance(decoded, KernelRow) and (decoded.status == "ok") == (decoded.timing is None):
-        raise _Mismatch(f"{where} with status {decoded.status} and timing {decoded.timing}", "a timing exactly if ok")
-    return decoded
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return documents.load(path, KINDS if kind is None else (kind,))

@@ -1,13 +1,14 @@
-"""What results say, in sentences and numbers: shared by the terminal's tables and the Markdown page."""
+"""What results say, in sentences and numbers: shared by the terminal's tables, the Markdown page and the report."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from flashtile.bench.baselines import FLASHTILE, FLEX, NAIVE, SDPA
+from flashtile.bench.baselines import FLASHTILE, FLEX, NAIVE, PEERS, SDPA, SDPA_CUDNN, SDPA_FLASH
 from flashtile.bench.cases import OPTIONS, BenchCase
-from flashtile.bench.results import KernelResults, KernelRow
+from flashtile.bench.environment import Environment
+from flashtile.bench.results import AnyRow, KernelResults
 from flashtile.bench.timing import Timing
 
 RIVALS = (SDPA, NAIVE, FLEX)
@@ -19,6 +20,16 @@ WORDS = {
     "wrong_result": "WRONG RESULT",
 }
 """What stands in a table where there is no timing."""
+_TITLES = {
+    FLEX: "FlexAttention",
+    SDPA_FLASH: "FA2 in torch",
+    SDPA_CUDNN: "cuDNN in torch",
+    SDPA: "torch's default",
+    f"{SDPA}-efficient": "memory-efficient in torch",
+    f"{SDPA}-math": "math in torch",
+    NAIVE: "naive formula",
+}
+"""Those whose name does not say what they are, in the order of their columns."""
 TOLERANCE = 0.05
 """How much slower than torch the project lets flashtile be."""
 
@@ -33,6 +44,35 @@ def speedups(results: KernelResults, peer: str) -> dict[BenchCase, float]:
 
 def _timings(results: KernelResults, peer: str) -> dict[BenchCase, Timing]:
     return {row.case: row.timing for row in results.rows if row.peer == peer and row.timing is not None}
+
+
+def rivals(results: KernelResults) -> list[str]:
+    """The peers that some case has a timing of, flashtile apart, in the order of a table's columns."""
+    timed = {row.peer: None for row in results.rows if row.timing is not None and row.peer != FLASHTILE}
+    order = dict.fromkeys([*_TITLES, *(peer.name for peer in PEERS), *timed])
+    return [peer for peer in order if peer in timed]
+
+
+def peer_title(peer: str) -> str:
+    """The peer's name as a stranger understands it."""
+    return _TITLES.get(peer, peer)
+
+
+def where_slower(ratios: Speedups) -> str:
+    """For example ``slower in 2 of 36 cases, by more than 5% in 1; at worst 0.93x its speed (...).``"""
+    num_slower, num_far = (sum(ratio < limit for ratio in ratios.values()) for limit in (1, 1 - TOLERANCE))
+    worst = min(ratios, key=lambda case: ratios[case])
+    where = f"{ratios[worst]:.2f}x its speed ({in_words(worst)})"
+    if num_slower == 0:
+        return f"in none of {len(ratios)} cases; the closest is {where}."
+    counts = f"slower in {num_slower} of {len(ratios)} cases, by more than {TOLERANCE:.0%} in {num_far}"
+    return f"{counts}; at worst {where}."
+
+
+def in_words(case: BenchCase) -> str:
+    """For example ``forward, bfloat16, head_dim 128, 4096 tokens, causal, bias``."""
+    option = "" if case.option == "plain" else f", {case.option}"
+    return f"{case.direction}, {case.dtype}, head_dim {case.head_dim}, {case.seqlen} tokens, {case.mask_name}{option}"
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
@@ -94,14 +134,19 @@ def conditions(results: KernelResults) -> list[str]:
     environment, ceilings = results.environment, results.ceilings
     products = ", ".join(f"{three_digits(rate)} TFLOP/s {dtype}" for dtype, rate in ceilings.matmul_tflops.items())
     return [
-        f"{environment.device_name} ({environment.device}, {environment.num_threads} threads), "
-        + ", ".join(f"{name} {version}" for name, version in environment.versions.items()),
+        machine(environment),
         f"Ceilings in this run: matrix product {products}; copy {three_digits(ceilings.copy_gb_per_s)} GB/s. "
         f"About {results.budget_s:g} s for each case.",
         "TFLOP/s count the pairs that causality and window leave visible. Memory is the peak beyond the inputs; a "
         "backward's includes its forward.",
         *options_used(results),
     ]
+
+
+def machine(environment: Environment) -> str:
+    """The device and the software, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return f"{environment.device_name} ({environment.device}, {environment.num_threads} threads), {versions}"
 
 
 def options_used(results: KernelResults) -> list[str]:
@@ -116,11 +161,17 @@ def gaps(results: KernelResults) -> list[str]:
     for reason in dict.fromkeys(results.missing_peers.values()):
         names = [name for name, why in results.missing_peers.items() if why == reason]
         lines.append(f"Not here: {', '.join(names)}: {reason}")
-    rows = [row for row in results.rows if row.status != "ok"]
-    firsts: dict[tuple[str, str, str | None], KernelRow] = {}
-    for row in rows:
+    return [*lines, *row_gaps(results.rows)]
+
+
+def row_gaps(rows: Sequence[AnyRow]) -> list[str]:
+    """Which rows have no timing and why: one line for each peer and reason."""
+    firsts: dict[tuple[str, str, str | None], AnyRow] = {}
+    gaps = [row for row in rows if row.status != "ok"]
+    for row in gaps:
         firsts.setdefault(_gap(row), row)
-    counts = Counter(map(_gap, rows))
+    counts = Counter(map(_gap, gaps))
+    lines = []
     for gap, first in firsts.items():
         others = f" and {counts[gap] - 1} more" if counts[gap] > 1 else ""
         word = "" if first.status == "unavailable" else f"{WORDS[first.status]}: "
@@ -128,7 +179,7 @@ def gaps(results: KernelResults) -> list[str]:
     return lines
 
 
-def _gap(row: KernelRow) -> tuple[str, str, str | None]:
+def _gap(row: AnyRow) -> tuple[str, str, str | None]:
     return row.peer, row.status, row.reason
 
 
@@ -138,6 +189,16 @@ def _gap(row: KernelRow) -> tuple[str, str, str | None]:
 def listed(names: Sequence[str]) -> str:
     """``"a"``, ``"a and b"``, ``"a, b and c"``."""
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def times(ratio: float) -> str:
+    """``2.8x``, ``254x``."""
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x"
+
+
+def percent(share: float) -> str:
+    """``73%``, ``1.9%``."""
+    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
 
 
 def three_digits(value: float) -> str:

@@ -1,20 +1,18 @@
-"""Results as tables for the terminal, and the few sentences that a reader wants at the end."""
+"""Results of ``bench kernels`` as tables for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
-from flashtile.bench.baselines import FLASHTILE, FLEX, NAIVE, SDPA
+from flashtile.bench.baselines import FLEX, NAIVE, SDPA
 from flashtile.bench.cases import BenchCase
 from flashtile.bench.results import KernelResults, KernelRow
 from flashtile.bench.summary import WORDS, conditions, findings, gaps, three_digits
+from flashtile.bench.terminal import empty_table, print_lines, print_whole, spread, stacked
 from flashtile.spec import units
 
 _COMPARED = (NAIVE, SDPA, FLEX)
@@ -25,14 +23,10 @@ def print_results(results: KernelResults, console: Console | None = None) -> Non
     """Prints the conditions of the run, a table for each direction, dtype and kind of call, what is missing and why,
     and the findings."""
     console = console or Console()
-    for line in conditions(results):
-        console.print(Text(line), soft_wrap=True)
+    print_lines(conditions(results), console)
     for title, rows in groupby(results.rows, key=lambda row: _title(row.case)):
-        table = _table(title, list(rows))
-        table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-        console.print(table, crop=False)  # a narrow terminal breaks lines, which is ugly; cut figures would be wrong
-    for line in (*gaps(results), *findings(results)):
-        console.print(Text(line), soft_wrap=True)
+        print_whole(_table(title, list(rows)), console)
+    print_lines([*gaps(results), *findings(results)], console)
 
 
 def _title(case: BenchCase) -> str:
@@ -42,21 +36,14 @@ def _title(case: BenchCase) -> str:
 def _table(title: str, rows: Sequence[KernelRow]) -> Table:
     """One table row for each case; its cells have a line for each peer."""
     compared = [peer for peer in _COMPARED if any(row.peer == peer and row.timing for row in rows)]
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.HORIZONTALS, show_lines=True)
-    for heading in ("case", "peer"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "spread", "TFLOP/s", "% ceiling", "memory", *(f"x {peer}" for peer in compared)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    figures = ("ms", "spread", "TFLOP/s", "% ceiling", "memory", *(f"x {peer}" for peer in compared))
+    table = empty_table(title, ("case", "peer"), figures)
     for case, group in groupby(rows, key=lambda row: row.case):
         of_case = list(group)
         medians_ms = {row.peer: row.timing.median_ms for row in of_case if row.timing}
         lines = [(row.peer, *_cells(row, [medians_ms.get(peer) for peer in compared])) for row in of_case]
-        table.add_row(_case_cell(case), *(_column(lines, idx) for idx in range(len(lines[0]))))
+        table.add_row(_case_cell(case), *stacked(lines))
     return table
-
-
-def _column(lines: Sequence[Sequence[str]], idx: int) -> Text:
-    return Text("\n").join(Text(line[idx], style="bold" if line[0] == FLASHTILE else "") for line in lines)
 
 
 def _case_cell(case: BenchCase) -> str:
@@ -70,10 +57,9 @@ def _cells(row: KernelRow, compared_ms: Sequence[float | None]) -> tuple[str, ..
     timing = row.timing
     if timing is None:
         return (WORDS[row.status], *("",) * (4 + len(compared_ms)))
-    half_spread = (timing.q75_ms - timing.q25_ms) / 2 / timing.median_ms
     return (
         three_digits(timing.median_ms),
-        f"±{half_spread:.0%}",
+        spread(timing),
         "" if row.tflops is None else three_digits(row.tflops),
         "" if row.percent_of_ceiling is None else f"{row.percent_of_ceiling:.0f}",
         "" if row.peak_extra_bytes is None else units.in_bytes(row.peak_extra_bytes),

@@ -20,6 +20,10 @@ _WARMUP_SHARE, _MAX_WARMUP_S = 0.1, 1.0
 """Of the time budget; at least one round."""
 
 
+_SHORTEST_MS, _LONGEST_MS = 1e-9, 1e9
+"""What lies outside was not measured but written by hand or damaged, and ratios of it mean nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """Something to measure: ``run()`` is timed, inside ``scope()``, which is not."""
@@ -36,6 +40,10 @@ class Timing:
     q25_ms: float
     q75_ms: float
     rounds: int
+
+    def __post_init__(self) -> None:
+        if not all(_SHORTEST_MS <= time <= _LONGEST_MS for time in (self.median_ms, self.q25_ms, self.q75_ms)):
+            raise ValueError(f"has times of {self.q25_ms}, {self.median_ms} and {self.q75_ms} ms, which no clock gave")
 
     @classmethod
     def of(cls, times_ms: Sequence[float]) -> Timing:
@@ -207,6 +215,11 @@ def _play_round(
             release_memory()
     clock.end_round()
     return readings
+
+
+def speedup(timed: Timing, other: Timing | Failure | None) -> float | None:
+    """The other's median over this one's: above 1 this one is faster. None if the other has no timing."""
+    return other.median_ms / timed.median_ms if isinstance(other, Timing) else None
 
 
 def release_memory() -> None:

@@ -6,18 +6,19 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashtile.bench import environment
+from flashtile.bench.files import check_place, write_whole
+from flashtile.bench.transformer import ModelShape
 from flashtile.demo import corpus as corpora
 from flashtile.demo import machine, summary, training
 from flashtile.demo.corpus import Corpus
-from flashtile.demo.model import ModelShape
 from flashtile.demo.results import Comparison
 from flashtile.demo.training import TrainingSettings
-from flashtile.errors import InvalidArgument, MissingExtra
+from flashtile.errors import InvalidArgument, require
+from flashtile.report import output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,15 +82,14 @@ def run(args: argparse.Namespace) -> int:
         InvalidArgument: an option is wrong; its text names it.
         MissingExtra: rich, matplotlib or jinja2 is not installed.
     """
-    for package in _EXTRAS:
-        _require(package)
+    require(*_EXTRAS, extra="bench")
     from rich.console import Console
 
     # The profiler that counts memory would log into the progress bar.
     settings = _settings(args)
-    for flag, path in (("--out", args.out), ("--json", args.json)):
-        if path is not None:
-            _check_writable(flag, path)
+    output.check("--out", args.out)
+    if args.json is not None:
+        check_place("--json", args.json)
     corpus = corpora.load(args.text, seqlen=settings.seqlen)
     console = Console(highlight=False)
     _print_beginning(console, settings, corpus)
@@ -109,13 +109,6 @@ def _exit_status(comparison: Comparison, settings: TrainingSettings) -> int:
         return INTERRUPTED
     difference = comparison.loss_difference
     return 0 if difference is None or summary.agrees(difference, settings) else 1
-
-
-def _require(package: str) -> None:
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise MissingExtra(package, "bench") from error
 
 
 def _settings(args: argparse.Namespace) -> TrainingSettings:
@@ -152,17 +145,6 @@ def _settings(args: argparse.Namespace) -> TrainingSettings:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _check_writable(flag: str, path: Path) -> None:
-    """Finds out before minutes of training, not after."""
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise InvalidArgument(
-            flag,
-            got=f"{str(path)!r}, which is a directory" if path.is_dir() else f"{str(path)!r} in a missing directory",
-            wanted="a file in a directory that exists",
-            remedy="name another file, or make the directory first",
-        )
 
 
 def _print_beginning(console: Console, settings: TrainingSettings, corpus: Corpus) -> None:
@@ -230,9 +212,9 @@ def _print_notes(console: Console, comparison: Comparison, settings: TrainingSet
 def _write_report(args: argparse.Namespace, comparison: Comparison, settings: TrainingSettings, corpus: Corpus) -> None:
     from flashtile.demo import page
 
-    args.out.write_text(page.render(comparison, settings, corpus, training.plan_of(settings)), encoding="utf-8")
+    write_whole(args.out, page.render(comparison, settings, corpus, training.plan_of(settings)))
     if args.json is not None:
-        args.json.write_text(json.dumps(_as_json(comparison, settings, corpus), indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(_as_json(comparison, settings, corpus), indent=1) + "\n")
 
 
 def _as_json(comparison: Comparison, settings: TrainingSettings, corpus: Corpus) -> dict[str, Any]:

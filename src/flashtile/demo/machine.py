@@ -1,4 +1,4 @@
-"""How the demo words what it ran on: the device, the versions, sizes in bytes."""
+"""How the demo words what it ran on: the device and the versions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,3 @@ def versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def human_bytes(count: float) -> str:
-    """For example ``67.1 MB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 
 from flashtile.backends.base import Plan
 from flashtile.bench import plots
-from flashtile.bench.plots import Bars, Line
+from flashtile.bench.plots import Axis, Bars, Line
 from flashtile.demo import summary
 from flashtile.demo.corpus import Corpus
-from flashtile.demo.machine import device_name, human_bytes, versions
+from flashtile.demo.machine import device_name, versions
 from flashtile.demo.results import Comparison, RunResult
 from flashtile.demo.training import TrainingSettings
-from flashtile.errors import MissingExtra
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """A drawing with its heading and what to see in it."""
-
-    heading: str
-    svg: str
-    caption: str
+from flashtile.report import page
+from flashtile.report.page import Chart
+from flashtile.spec.units import in_decimal_bytes
 
 
 def render(comparison: Comparison, settings: TrainingSettings, corpus: Corpus, plan: Plan) -> str:
@@ -32,19 +23,13 @@ def render(comparison: Comparison, settings: TrainingSettings, corpus: Corpus, p
     Raises:
         MissingExtra: jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtra("jinja2", "bench") from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(files("flashtile.demo").joinpath("page.html").read_text(encoding="utf-8"))
     difference = comparison.loss_difference
     agrees = difference is not None and summary.agrees(difference, settings)
-    return template.render(
-        theme_css=plots.THEME_CSS,
+    return page.render(
+        "demo/page.html",
         notes=summary.notes(comparison, settings),
-        headlines=summary.headlines(comparison),
-        charts=[chart for chart in _charts(comparison) if chart is not None],
+        shown_headlines=summary.headlines(comparison),
+        shown_charts=[chart for chart in _charts(comparison) if chart is not None],
         table=summary.table(comparison),
         why_not_zero=summary.why_not_zero(difference, settings) if difference and agrees else None,
         memory=_memory_facts(settings),
@@ -52,7 +37,7 @@ def render(comparison: Comparison, settings: TrainingSettings, corpus: Corpus, p
         is_tiled=plan.backend != "naive",
         how_flashtile_ran=summary.how_flashtile_ran(plan),
         sample=comparison.sample,
-        facts=_facts(settings, corpus),
+        shown_facts=_facts(settings, corpus),
     )
 
 
@@ -73,14 +58,16 @@ def _losses(runs: Sequence[RunResult]) -> Chart:
             label=run.name,
             x=range(1, len(run.steps) + 1),
             y=[step.loss for step in run.steps],
-            is_wide=run.name == "naive",
+            weight="pale" if run.name == "naive" else "normal",
             color_idx=_color_idx(run),
         )
         for run in runs
     ]
     return Chart(
         heading="Loss",
-        svg=plots.line_chart(lines, title="Training loss by step", x_label="step", y_label="loss (nats per byte)"),
+        svg=plots.line_chart(
+            lines, title="Training loss by step", x=Axis(label="step"), y=Axis(label="loss (nats per byte)")
+        ),
         caption="Same seed, same batches: the thin flashtile line lies on the broad naive one.",
     )
 
@@ -95,9 +82,8 @@ def _differences(comparison: Comparison) -> Chart | None:
         svg=plots.line_chart(
             [line],
             title="Absolute difference of the two losses by step",
-            x_label="step",
-            y_label="nats per byte",
-            has_log_y=True,
+            x=Axis(label="step"),
+            y=Axis(label="nats per byte", is_log=True),
         ),
         caption="Logarithmic axis. Steps at which the losses are equal to the last bit leave a gap.",
     )
@@ -147,7 +133,7 @@ def _memory(runs: Sequence[RunResult]) -> Chart | None:
 
 
 def _megabytes(count: float) -> str:
-    return human_bytes(count * 1e6)
+    return in_decimal_bytes(count * 1e6)
 
 
 def _simple_bars(
@@ -163,19 +149,19 @@ def _simple_bars(
 
 
 def _color_idx(run: RunResult) -> int:
-    return 0 if run.name == "naive" else 1
+    return plots.COLOR_OF_NAIVE if run.name == "naive" else plots.COLOR_OF_FLASHTILE
 
 
 def _memory_facts(settings: TrainingSettings) -> dict[str, str]:
     numbers = settings.batch * settings.shape.heads * settings.seqlen**2
     return {
         "numbers": f"{settings.batch} x {settings.shape.heads} x {settings.seqlen} x {settings.seqlen} = {numbers:,}",
-        "scores": human_bytes(settings.score_matrix_bytes),
+        "scores": in_decimal_bytes(settings.score_matrix_bytes),
         "layers": "1 layer" if settings.shape.layers == 1 else f"{settings.shape.layers} layers",
-        "scores_of_all_layers": human_bytes(settings.score_matrix_bytes * settings.shape.layers),
-        "lse": human_bytes(settings.lse_bytes),
-        "doubled_scores": human_bytes(settings.score_matrix_bytes * 4),
-        "doubled_lse": human_bytes(settings.lse_bytes * 2),
+        "scores_of_all_layers": in_decimal_bytes(settings.score_matrix_bytes * settings.shape.layers),
+        "lse": in_decimal_bytes(settings.lse_bytes),
+        "doubled_scores": in_decimal_bytes(settings.score_matrix_bytes * 4),
+        "doubled_lse": in_decimal_bytes(settings.lse_bytes * 2),
     }
 
 

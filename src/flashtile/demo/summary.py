@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from flashtile.backends.base import Plan
-from flashtile.demo.machine import human_bytes
 from flashtile.demo.results import Comparison, LossDifference, RunResult
 from flashtile.demo.training import TrainingSettings
+from flashtile.report.page import Headline
+from flashtile.spec.units import in_decimal_bytes
 
 NOTHING = "–"
 
@@ -41,15 +42,6 @@ class Row:
     """What flashtile is in comparison; empty where there is nothing to compare."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Headline:
-    """One number at the top of the page."""
-
-    value: str
-    label: str
-    detail: str
-
-
 def table(comparison: Comparison) -> list[Row]:
     """Both runs side by side; a dash where a run has no such number."""
     return [
@@ -70,7 +62,7 @@ def table(comparison: Comparison) -> list[Row]:
             ("faster", "slower"),
         ),
         _row("attention's share of a step", comparison, lambda run: run.attention_share, "{:.0%}".format, None),
-        _row("peak memory of a step", comparison, lambda run: run.peak_bytes, human_bytes, ("less", "more")),
+        _row("peak memory of a step", comparison, lambda run: run.peak_bytes, in_decimal_bytes, ("less", "more")),
         _row("loss at the last step", comparison, lambda run: run.final_loss, "{:.4f}".format, None),
         _row("validation loss", comparison, lambda run: run.validation_loss, "{:.4f}".format, None),
     ]
@@ -88,26 +80,30 @@ def headlines(comparison: Comparison) -> list[Headline]:
             label="largest difference of the losses",
             detail=f"nats per byte, at step {difference.at_step} of {len(comparison.loss_differences)}",
         ),
-        Headline(
-            value=factor(naive.attention_s, flashtile.attention_s, ("faster", "slower")),
-            label="attention",
-            detail=f"{milliseconds(naive.attention_s)} naive, {milliseconds(flashtile.attention_s)} flashtile",
+        _compared(
+            "attention",
+            (naive.attention_s, flashtile.attention_s),
+            ("faster", "slower"),
+            f"{milliseconds(naive.attention_s)} naive, {milliseconds(flashtile.attention_s)} flashtile",
         ),
-        Headline(
-            value=factor(naive.step_s, flashtile.step_s, ("faster", "slower")),
-            label="the whole training step",
-            detail=f"{naive.tokens_per_s:,.0f} tokens/s naive, {flashtile.tokens_per_s:,.0f} flashtile",
+        _compared(
+            "the whole training step",
+            (naive.step_s, flashtile.step_s),
+            ("faster", "slower"),
+            f"{naive.tokens_per_s:,.0f} tokens/s naive, {flashtile.tokens_per_s:,.0f} flashtile",
         ),
     ]
     if naive.peak_bytes and flashtile.peak_bytes:
-        chosen.append(
-            Headline(
-                value=factor(naive.peak_bytes, flashtile.peak_bytes, ("less", "more")),
-                label="peak memory of a step",
-                detail=f"{human_bytes(naive.peak_bytes)} naive, {human_bytes(flashtile.peak_bytes)} flashtile",
-            )
-        )
+        said = f"{in_decimal_bytes(naive.peak_bytes)} naive, {in_decimal_bytes(flashtile.peak_bytes)} flashtile"
+        memory = naive.peak_bytes, flashtile.peak_bytes
+        chosen.append(_compared("peak memory of a step", memory, ("less", "more"), said))
     return chosen
+
+
+def _compared(label: str, both: tuple[float, float], words: tuple[str, str], detail: str) -> Headline:
+    """Of the naive run and flashtile's."""
+    value = factor(*both, words)
+    return Headline(value=value, label=label, detail=detail, is_behind=value.endswith(words[1]))
 
 
 def notes(comparison: Comparison, settings: TrainingSettings) -> list[str]:

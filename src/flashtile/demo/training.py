@@ -15,23 +15,16 @@ from torch.nn.functional import cross_entropy
 
 from flashtile import dispatch
 from flashtile.backends.base import Plan
-from flashtile.bench import environment
-from flashtile.demo.clock import AttentionClock
+from flashtile.bench import environment, timing
+from flashtile.bench.attention_clock import AttentionClock
+from flashtile.bench.formula import AttentionFn
+from flashtile.bench.transformer import NUM_BYTES, ModelShape, Transformer
 from flashtile.demo.corpus import Corpus, draw_batch
-from flashtile.demo.machine import human_bytes
-from flashtile.demo.model import (
-    NUM_BYTES,
-    AttentionFunction,
-    ByteTransformer,
-    ModelShape,
-    flashtile_attention,
-    naive_attention,
-    printable,
-    sample,
-)
+from flashtile.demo.model import flashtile_attention, naive_attention, printable, sample
 from flashtile.demo.results import Comparison, RunResult, Sample, StepRecord
 from flashtile.spec import devices
 from flashtile.spec.problem import AttentionProblem, MaskSpec
+from flashtile.spec.units import in_decimal_bytes
 from flashtile.testing import peak_extra_bytes
 
 PEAK_LEARNING_RATE, TUNED_WIDTH = 3e-3, 128
@@ -43,7 +36,7 @@ VALIDATION_BATCHES = 4
 TEMPERATURE = 0.7
 PROMPT_BYTES = 160
 
-ATTENTION_FUNCTIONS: dict[str, AttentionFunction] = {"naive": naive_attention, "flashtile": flashtile_attention}
+ATTENTION_FUNCTIONS: dict[str, AttentionFn] = {"naive": naive_attention, "flashtile": flashtile_attention}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +86,7 @@ class _Run:
     def __init__(self, name: str, settings: TrainingSettings) -> None:
         self.name, self.settings = name, settings
         self.clock = AttentionClock(settings.device)
-        self.model = ByteTransformer(
+        self.model = Transformer(
             settings.shape,
             attention=self.clock.around(ATTENTION_FUNCTIONS[name]),
             attention_dtype=settings.attention_dtype,
@@ -114,7 +107,7 @@ class _Run:
         try:
             action(*args)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not timing.is_out_of_memory(error):
                 raise
             what = str(error).strip().splitlines()[0].split(" GPU ")[0]  # torch's advice on its allocator follows
             self._fail(f"out of memory: {what}")
@@ -190,7 +183,8 @@ class _Run:
         )
         if available is not None and least > available:
             raise MemoryError(
-                f"its score matrices alone need {human_bytes(least)}, and {human_bytes(available)} are available"
+                f"its score matrices alone need {in_decimal_bytes(least)}, and {in_decimal_bytes(available)} are "
+                f"available"
             )
 
     def _fail(self, reason: str) -> None:
@@ -270,7 +264,7 @@ def _draw(data: Tensor, settings: TrainingSettings, generator: torch.Generator) 
     return draw_batch(data, batch=settings.batch, seqlen=settings.seqlen, generator=generator)
 
 
-def _continue_text(model: ByteTransformer, corpus: Corpus, settings: TrainingSettings) -> Sample:
+def _continue_text(model: Transformer, corpus: Corpus, settings: TrainingSettings) -> Sample:
     held_out = bytes(corpus.validation[: 4 * PROMPT_BYTES].tolist())
     begin = held_out.find(b"\n") + 1  # 0, the very beginning, if there is no line end
     prompt = held_out[begin : begin + PROMPT_BYTES] or held_out[:PROMPT_BYTES]
@@ -284,8 +278,3 @@ def _continue_text(model: ByteTransformer, corpus: Corpus, settings: TrainingSet
             generator=torch.Generator().manual_seed(settings.seed),
         )
     return Sample(prompt=printable(prompt), continuation=printable(continuation), temperature=TEMPERATURE)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch has an exception for a full GPU; a full main memory is a RuntimeError of its allocator."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -44,6 +44,11 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) ->
     return c0, c1, c2, c3
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from torch's generator for the device: 0-d int64, on the device."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
 def drop_threshold(dropout_p: float) -> int:
     """Words below this 32-bit integer drop their pair."""
     return int(dropout_p * 2**32)

@@ -32,14 +32,6 @@ class TileRange:
         return self.full_begin <= tile_idx < self.full_end
 
 
-def visible_kv(mask: MaskSpec, *, seqlen_q: int, seqlen_kv: int, q_idx: int) -> tuple[int, int]:
-    """The half-open range of keys that query ``q_idx`` sees; empty ranges have begin == end."""
-    aligned = q_idx + seqlen_kv - seqlen_q
-    begin = 0 if mask.left is None else min(max(aligned - mask.left, 0), seqlen_kv)
-    end = seqlen_kv if mask.right is None else min(max(aligned + mask.right + 1, 0), seqlen_kv)
-    return begin, max(begin, end)
-
-
 def kv_tiles(mask: MaskSpec, *, seqlen_q: int, seqlen_kv: int, q_begin: int, q_end: int, block_kv: int) -> TileRange:
     """The kv tiles that the query rows ``[q_begin, q_end)`` visit."""
     offset = seqlen_kv - seqlen_q

@@ -99,6 +99,15 @@ def check_count(name: str, value: Any, *, minimum: int) -> Any:
     return value
 
 
+def check_divides(name: str, number: Any, of: str, total: int) -> None:
+    """Raises InvalidArgument unless ``number`` is a count that divides ``total``, the value of ``of``."""
+    check_count(name, number, minimum=1)
+    if total % number != 0:
+        raise invalid(
+            name, got=f"{number} beside {of} = {total}", wanted=f"a divisor of {of}", remedy=f"change {name} or {of}"
+        )
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 

@@ -126,6 +126,8 @@ class AttentionProblem:
             layout, batch = "varlen", operands.cu_seqlens_q.shape[0] - 1
             seqlen_q, seqlen_kv = max_seqlen_q, max_seqlen_kv
             tokens_q, tokens_kv = q_shape[0], k_shape[0]
+        if mask.is_causal and seqlen_q == 1:
+            mask = MaskSpec(left=mask.left)  # the only query is the last one: no key lies after it
         return cls(
             layout=layout,
             batch=batch,

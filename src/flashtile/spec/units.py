@@ -10,6 +10,15 @@ def in_bytes(count: float) -> str:
     return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
 
 
+def in_decimal_bytes(count: float) -> str:
+    """``"1.5 GB"``: decimal units as most people say them, at most three significant digits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 999.5:  # so that three digits never round up to four
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
 def in_flops(count: float) -> str:
     """``"1.10 TFLOP"``: decimal units, three significant digits."""
     return _scaled(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))

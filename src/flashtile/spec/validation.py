@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashtile.errors import invalid
+from flashtile.spec.dropout import draw_seed
 from flashtile.spec.operands import Operands
 from flashtile.spec.options import (
     check_count,
@@ -283,7 +284,7 @@ def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devic
     if dropout_p == 0:
         return None
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+        return draw_seed(device)
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.demo.model import AttentionFunction
+from flashtile.bench.formula import AttentionFn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class AttentionClock:
         self._is_gpu = device.type == "cuda"
         self._forward, self._backward = _Passes(), _Passes()
 
-    def around(self, attention: AttentionFunction) -> AttentionFunction:
+    def around(self, attention: AttentionFn) -> AttentionFn:
         """``attention``, timed."""
 
         def timed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

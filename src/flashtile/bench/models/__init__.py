@@ -1,0 +1,1 @@
+"""``flashtile bench models``: whole transformers, the attention function as the only difference."""

@@ -1,0 +1,1 @@
+"""Other libraries' attention interfaces on flashtile; ``import flashtile`` loads none of them."""

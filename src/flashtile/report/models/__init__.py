@@ -1,0 +1,1 @@
+"""The section of a results file of ``flashtile bench models``."""

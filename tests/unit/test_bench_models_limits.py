@@ -1,0 +1,151 @@
+"""The search for the largest that fits, the curve that guesses it, and the rows that come of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashtile.bench import environment, timing
+from flashtile.bench.baselines import FLASHTILE, NAIVE, SDPA
+from flashtile.bench.models import limits
+from flashtile.bench.models.cases import Axis, LimitCase
+from flashtile.bench.models.peers import PEERS, ModelPeer
+from flashtile.bench.models.workloads import Training
+from flashtile.bench.results import LimitRow
+from flashtile.bench.transformer import ModelShape
+from flashtile.testing import peak_extra_bytes
+
+CPU = torch.device("cpu")
+SHAPE = ModelShape(layers=2, d_model=32, heads=2, vocabulary=61)
+
+
+def case_of(axis: Axis) -> LimitCase:
+    return LimitCase(size="tiny", shape=SHAPE, axis=axis, other={"batch": 64, "seqlen": 1}[axis], dtype="float32")
+
+
+@given(
+    truth=st.integers(0, 5000),
+    guess=st.integers(1, 20000),
+    granularity=st.sampled_from([1, 7, 128]),
+    closeness=st.sampled_from([0.0, 0.03, 0.5]),
+)
+def test_the_search_brackets_the_truth(truth: int, guess: int, granularity: int, closeness: float) -> None:
+    tried: list[int] = []
+
+    def fits(value: int) -> bool:
+        tried.append(value)
+        return value <= truth
+
+    low, high = limits.largest(fits, guess, granularity=granularity, closeness=closeness)
+    assert high is not None and low <= truth < high
+    assert low % granularity == high % granularity == 0
+    assert high - low <= max(granularity, closeness * low)
+    assert len(set(tried)) == len(tried), "nothing is tried twice"
+    assert len(tried) <= 40
+
+
+def test_a_good_guess_takes_two_tries() -> None:
+    tried: list[int] = []
+
+    def fits(value: int) -> bool:
+        tried.append(value)
+        return value <= 1010
+
+    assert limits.largest(fits, 1000, granularity=1, closeness=0.03) == (1000, 1030)
+    assert tried == [1000, 1030]
+
+
+def test_a_search_that_is_over_keeps_what_it_knows() -> None:
+    assert limits.largest(lambda _: True, 8, granularity=4, closeness=0.0, is_over=lambda: True) == (8, None)
+    assert limits.largest(lambda value: value < 8, 64, granularity=4, closeness=0.0, is_over=lambda: True) == (4, 36)
+    low, high = limits.largest(lambda _: True, 8, granularity=4, closeness=0.0)
+    assert low >= limits._LARGEST and high is None, "what has no end is not searched forever"
+
+
+@given(coefficients=st.tuples(*[st.integers(0, 1000)] * 3), at=st.integers(0, 10_000))
+def test_the_curve_goes_through_its_points_and_on(coefficients: tuple[int, int, int], at: int) -> None:
+    def curve(n: int, degree: int) -> int:
+        return sum(coefficient * n**power for power, coefficient in enumerate(coefficients[: degree + 1]))
+
+    for points in ([2, 4], [256, 512, 1024], [1, 2, 7]):
+        degree = len(points) - 1
+        values = [curve(point, degree) for point in points]
+        assert limits.extrapolated(points, values, at) == pytest.approx(curve(at, degree), rel=1e-6, abs=1e-3)
+
+
+def test_a_parabola_that_bends_down_is_a_line() -> None:
+    assert limits.extrapolated([1, 2, 4], [10, 30, 40], 7) == pytest.approx(70)
+
+
+def find(case: LimitCase, peers: tuple[ModelPeer, ...] = PEERS) -> dict[str, LimitRow]:
+    rows = limits.find(case, peers, CPU, budget_s=1.0, on_share=lambda _: None)
+    return {row.peer: row for row in rows}
+
+
+@pytest.mark.parametrize("axis", ["batch", "seqlen"])
+def test_on_a_cpu_the_limit_is_extrapolated_and_right(axis: Axis, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes = 64 * 2**20
+    monkeypatch.setattr(environment, "available_host_bytes", lambda: free_bytes)
+    case = case_of(axis)
+    rows = find(case)
+    assert {row.status for row in rows.values()} == {"extrapolated"}
+    naive, tiled = (rows[peer].largest or 0 for peer in (NAIVE, FLASHTILE))
+    assert 0 < naive < tiled
+    attention = next(peer for peer in PEERS if peer.name == NAIVE).make()
+    training = Training(case.at(1), CPU)
+    fits, too_large = (
+        peak_extra_bytes(partial(training.resized(case.at(value)).run, attention))
+        for value in (naive, naive + limits._GRANULARITY[axis])
+    )
+    assert fits <= free_bytes < 1.03 * too_large, "at most a granule from the truth, but for the mask that is kept"
+
+
+def test_a_gpu_s_limit_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended GPU with room for 900 tokens of the naive formula and 5,000 of the others."""
+    room = {NAIVE: 900, FLASHTILE: 5000, SDPA: 5000}
+
+    class Pretended(Training):
+        def run(self, attention: object) -> None:
+            if self._tokens.shape[1] - 1 > room[attention()]:  # type: ignore[operator]
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def activation_bytes(self, _attention: object) -> int:  # type: ignore[override]
+            return self._tokens.shape[1] * 10_000
+
+    monkeypatch.setattr(limits, "Training", lambda case, _device: Pretended(case, CPU))
+    monkeypatch.setattr(environment, "available_bytes", lambda _: 40_000_000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(timing, "release_memory", lambda: None)
+    peers = tuple(ModelPeer(name=name, make=lambda name=name: lambda: name) for name in room)  # type: ignore[misc]
+    rows = limits.find(case_of("seqlen"), peers, torch.device("cuda"), budget_s=60.0, on_share=lambda _: None)
+    for row in rows:
+        assert row.reason is None
+        assert row.status == "tried" and row.largest is not None and row.too_large is not None
+        assert row.largest <= room[row.peer] < row.too_large <= row.largest + max(128, 0.03 * row.largest)
+
+
+def test_a_peer_that_fails_is_a_row_and_the_others_go_on() -> None:
+    def broken(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    rows = find(case_of("batch"), (ModelPeer(name="broken", make=lambda: broken), PEERS[0]))  # type: ignore[arg-type]
+    assert rows["broken"].status == "failed" and rows["broken"].reason == "CUDA out of memory."
+    assert rows[FLASHTILE].status == "extrapolated"
+
+
+def test_what_cannot_fit_or_is_unknown_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "available_host_bytes", lambda: 1000)
+    assert all(row.reason and "not tried" in row.reason for row in find(case_of("batch")).values())
+    monkeypatch.setattr(environment, "available_host_bytes", lambda: None)
+    assert {row.reason for row in find(case_of("batch")).values()} == {"nobody says how much memory is free"}
+
+
+def test_a_row_contradicts_itself_nowhere() -> None:
+    row = LimitRow(case=case_of("batch"), peer=NAIVE, status="failed", reason="why")
+    with pytest.raises(ValueError, match="exactly if failed"):
+        replace(row, largest=3)

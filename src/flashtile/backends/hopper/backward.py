@@ -182,6 +182,9 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
         d_q = warpgroup_mma_wait(1, deps=[d_q_token])
         mbarrier.wait(channels.d_q.empty.index(part), (step & 1) ^ 1)
         channels.d_q.tiles.index(part).store(d_q)
+        if is_packed:  # the tile may reach into the next sequence
+            first_row = q_begin + (part * ROWS if BLOCK_Q > ROWS else 0)
+            zero_rows_from(channels.d_q.tiles.index(part), sequence.seqlen_q - first_row)
         fence_async_shared()
         mbarrier.arrive(channels.d_q.ready.index(part), count=1)
         d_k = warpgroup_mma_wait(0, deps=[d_k_token])

@@ -126,15 +126,16 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
         q_begin = tile_idx * ROWS
+        num_rows = sequence.seqlen_q - q_begin
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
         if is_packed:
-            zero_rows_from(q, sequence.seqlen_q - q_begin)
+            zero_rows_from(q, num_rows)
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
         if is_packed:
-            zero_rows_from(d_out, sequence.seqlen_q - q_begin)
+            zero_rows_from(d_out, num_rows)
         lse_log2 = channels.lse_log2.index(0).reshape([ROWS]).load(cols_of(S))
         s_t = warpgroup_mma_wait(0, deps=[s_token])
         release(channels.q, step)
@@ -150,7 +151,7 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
         d_q, d_v = warpgroup_mma_wait(0, deps=d_q)
         release(channels.d_out, step)
         release(exchange.d_s, step)
-        send_d_q(channels, d_q, step, 0)
+        send_d_q(channels, d_q, step, 0, num_rows, is_packed)
 
     row = sequence.kv_begin + work.kv_begin
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
@@ -198,7 +199,7 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
         d_q = d_q_half(channels, exchange, step, 1, d_k_token)
         d_q, d_k = warpgroup_mma_wait(0, deps=d_q)
         release(channels.q, step)
-        send_d_q(channels, d_q, step, 1)
+        send_d_q(channels, d_q, step, 1, num_rows, is_packed)
 
     row = sequence.kv_begin + work.kv_begin
     store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM)
@@ -215,7 +216,7 @@ def d_q_half(channels, exchange, step, part: gl.constexpr, other_token):
 
 
 @gluon.jit
-def send_d_q(channels, d_q, step, part: gl.constexpr):
+def send_d_q(channels, d_q, step, part: gl.constexpr, num_rows, is_packed: gl.constexpr):
     """Hands a half of d_q to ``add_d_q`` in two pieces, through one consumer's slot."""
     COLS: gl.constexpr = channels.d_q.tiles.shape[2]
     left, right = d_q.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
@@ -223,5 +224,7 @@ def send_d_q(channels, d_q, step, part: gl.constexpr):
         mbarrier.wait(channels.d_q.empty.index(part), ((2 * step + piece) & 1) ^ 1)
         tile = channels.d_q.tiles.index(part)
         tile.store(right if piece else left)
+        if is_packed:  # the tile may reach into the next sequence
+            zero_rows_from(tile, num_rows)
         fence_async_shared()
         mbarrier.arrive(channels.d_q.ready.index(part), count=1)

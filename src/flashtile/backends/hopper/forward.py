@@ -37,7 +37,15 @@ from flashtile.backends.hopper.primitives.gluon_compat import barrier, tma_store
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import TileRange, is_full, kv_tiles
 from flashtile.backends.hopper.primitives.online_softmax import INF, finish, rescaled, softmax_step, thread_sums
-from flashtile.backends.hopper.primitives.scheduling import num_shares, share
+from flashtile.backends.hopper.primitives.scheduling import (
+    END,
+    make_share_channel,
+    next_share,
+    num_shares,
+    receive_share,
+    send_share,
+    share,
+)
 from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
 from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
 
@@ -112,6 +120,7 @@ def attention_forward(
     BLOCK_D: gl.constexpr = q_desc.block_shape[3]
     BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
+    shares = make_share_channel(NUM_CONSUMERS)
     q = make_channel(dtype, NUM_CONSUMERS, ROWS, BLOCK_D, 1)
     k = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_D, NUM_CONSUMERS)
     v = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_DV, NUM_CONSUMERS)
@@ -126,9 +135,9 @@ def attention_forward(
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (load, (call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
+                (softmax_and_pv, (0, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (1, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (load, (call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, LOADER_REGISTERS],
@@ -136,10 +145,10 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (softmax_and_pv, (0, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (softmax_and_pv, (1, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (softmax_and_pv, (2, call, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (load, (call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
+                (softmax_and_pv, (0, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (1, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (2, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (load, (call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS],
@@ -147,15 +156,16 @@ def attention_forward(
 
 
 @gluon.jit
-def load(call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.constexpr):
+def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.constexpr):
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
     BLOCK_KV: gl.constexpr = k.tiles.shape[1]
-    step, turn = 0, 0
-    for share_idx in range(gl.program_id(0), num_shares(call.schedule), gl.num_programs(0)):
+    step, turn, share_idx = 0, 0, gl.program_id(0)
+    while share_idx < num_shares(call.schedule):
         work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
         if block_begin < sequence.seqlen_q:
+            send_share(shares, turn, share_idx)
             tiles = visited_tiles(call.rules.window, sequence, block_begin, block_begin, BLOCK_Q, BLOCK_KV)
             kv_head_idx = work.head_idx // call.heads.per_kv
             row = sequence.q_begin + block_begin
@@ -169,12 +179,15 @@ def load(call, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.constexpr):
                 fill(v, step + i, v_desc, [sequence.buffer_idx, kv_head_idx, row, 0])
             step += num_tiles
             turn += 1
+        share_idx = next_share(call.schedule, share_idx)
+    send_share(shares, turn, END)
 
 
 @gluon.jit
 def softmax_and_pv(
     part: gl.constexpr,
     call,
+    shares,
     q,
     k,
     v,
@@ -199,59 +212,60 @@ def softmax_and_pv(
         if next_part == 0:
             pass_turn(0)
     step, turn = 0, 0
-    for share_idx in range(gl.program_id(0), num_shares(call.schedule), gl.num_programs(0)):
+    share_idx = receive_share(shares, 0)
+    while share_idx != END:
         work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
-        if block_begin < sequence.seqlen_q:
-            q_begin = block_begin + part * ROWS
-            tiles = visited_tiles(call.rules.window, sequence, block_begin, q_begin, BLOCK_Q, BLOCK_KV)
-            last = tiles.end - 1
-            slope_log2 = scores.slope_log2(call.rules, work.batch_idx, work.head_idx)
-            head = scores.HeadRules(call.rules, sequence, slope_log2)
-            block = Block(head, q_begin + q_idx, kv_idx, receive(q, turn * NUM_CONSUMERS + part), k, v)
+        q_begin = block_begin + part * ROWS
+        tiles = visited_tiles(call.rules.window, sequence, block_begin, q_begin, BLOCK_Q, BLOCK_KV)
+        last = tiles.end - 1
+        slope_log2 = scores.slope_log2(call.rules, work.batch_idx, work.head_idx)
+        head = scores.HeadRules(call.rules, sequence, slope_log2)
+        block = Block(head, q_begin + q_idx, kv_idx, receive(q, turn * NUM_CONSUMERS + part), k, v)
 
-            s = warpgroup_mma(block.q, receive(k, step).permute((1, 0)), no_s, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            release(k, step)
-            s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, True)
-            no_max = gl.full([ROWS], -INF, gl.float32, rows_of(S))
-            p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
-            p_operand = gl.convert_layout(p.to(dtype), P)  # rounded for the product with V
-            acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
-            sums = Sums(max_log2, thread_sums(p, BLOCK_KV), acc, p_operand)
-            if call.sequences.cu_seqlens_kv is not None:  # what lies behind a packed sequence may be NaN
-                zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV)
+        s = warpgroup_mma(block.q, receive(k, step).permute((1, 0)), no_s, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        release(k, step)
+        s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, True)
+        no_max = gl.full([ROWS], -INF, gl.float32, rows_of(S))
+        p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
+        p_operand = gl.convert_layout(p.to(dtype), P)  # rounded for the product with V
+        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+        sums = Sums(max_log2, thread_sums(p, BLOCK_KV), acc, p_operand)
+        if call.sequences.cu_seqlens_kv is not None:  # what lies behind a packed sequence may be NaN
+            zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV)
 
-            for tile_idx in range(last - 1, tiles.begin - 1, -1):
-                is_masked = not is_full(tiles, tile_idx)
-                sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED, next_part)
+        for tile_idx in range(last - 1, tiles.begin - 1, -1):
+            is_masked = not is_full(tiles, tile_idx)
+            sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED, next_part)
 
-            step += last - tiles.begin  # the step of the last product P @ V
-            mbarrier.arrive(q.empty.index(part), count=1)
-            acc_token = warpgroup_mma(sums.p_operand, receive(v, step), sums.acc, is_async=True)
-            row_sum = gl.convert_layout(gl.sum(sums.row_sums, 1), rows_of(S))
-            factor, lse = finish(sums.max_log2, row_sum, results.sink_ptr, work.head_idx)
-            row = q_begin + gl.arange(0, ROWS, rows_of(S))
-            place = row_offset(results.lse, sequence, work.head_idx, row)
-            gl.store(results.lse.ptr + place, lse, mask=row < sequence.seqlen_q)
-            acc = warpgroup_mma_wait(0, deps=[acc_token])
-            release(v, step)
-            out = rescaled(acc, factor).to(dtype)
-            if results.desc is not None:
-                tile = results.tiles.index(part)
-                tma.store_wait(0)
-                barrier()
-                tile.store(out)
-                fence_async_shared()
-                barrier()
-                place = [sequence.buffer_idx, work.head_idx, q_begin, 0]
-                tma_store(results.desc, place, tile.reshape([1, 1, ROWS, BLOCK_DV]))
-            else:
-                first, num_rows = sequence.q_begin + q_begin, sequence.seqlen_q - q_begin
-                store_rows(results.matrix, out, sequence.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
-            step += 1
-            turn += 1
+        step += last - tiles.begin  # the step of the last product P @ V
+        mbarrier.arrive(q.empty.index(part), count=1)
+        acc_token = warpgroup_mma(sums.p_operand, receive(v, step), sums.acc, is_async=True)
+        row_sum = gl.convert_layout(gl.sum(sums.row_sums, 1), rows_of(S))
+        factor, lse = finish(sums.max_log2, row_sum, results.sink_ptr, work.head_idx)
+        row = q_begin + gl.arange(0, ROWS, rows_of(S))
+        place = row_offset(results.lse, sequence, work.head_idx, row)
+        gl.store(results.lse.ptr + place, lse, mask=row < sequence.seqlen_q)
+        acc = warpgroup_mma_wait(0, deps=[acc_token])
+        release(v, step)
+        out = rescaled(acc, factor).to(dtype)
+        if results.desc is not None:
+            tile = results.tiles.index(part)
+            tma.store_wait(0)
+            barrier()
+            tile.store(out)
+            fence_async_shared()
+            barrier()
+            place = [sequence.buffer_idx, work.head_idx, q_begin, 0]
+            tma_store(results.desc, place, tile.reshape([1, 1, ROWS, BLOCK_DV]))
+        else:
+            first, num_rows = sequence.q_begin + q_begin, sequence.seqlen_q - q_begin
+            store_rows(results.matrix, out, sequence.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
+        step += 1
+        turn += 1
+        share_idx = receive_share(shares, turn)
     if results.desc is not None:
         tma.store_wait(0)
 

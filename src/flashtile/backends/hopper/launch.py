@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends.base import Gradients, Plan, Saved
+from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
 from flashtile.backends.hopper import arguments
 from flashtile.backends.hopper.arguments import Heads, Sequences, tma_ready
 from flashtile.backends.hopper.backward import attention_backward
@@ -57,7 +57,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
             arguments.score_rules(problem, operands),
             Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
             Heads(problem.heads_q, problem.heads_per_kv),
-            _schedule(problem, tiles, q.device),
+            _schedule(problem, plan.forward, q.device),
             problem.seqlen_q,
             problem.seqlen_kv,
             HEAD_DIM_V=problem.head_dim_v,
@@ -167,9 +167,11 @@ def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:
     return per_row.sum(dim=(0, 2) if per_row.dim() == 3 else 1).to(sinks.dtype)
 
 
-def _schedule(problem: AttentionProblem, tiles: ForwardTiles, device: torch.device) -> Schedule:
-    group = heads_per_group(problem, devices.detect(device))
-    return Schedule(num_q_tiles(problem, tiles), problem.batch * problem.heads_q, group)
+def _schedule(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Schedule:
+    num_tiles, num_heads = num_q_tiles(problem, kernel.tiles), problem.batch * problem.heads_q
+    has_more = num_tiles * num_heads > kernel.grid[0]
+    counter = torch.zeros(1, dtype=torch.int32, device=device) if has_more else None
+    return Schedule(num_tiles, num_heads, heads_per_group(problem, devices.detect(device)), counter)
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -150,12 +150,14 @@ def num_q_tiles(problem: AttentionProblem, tiles: TileConfig) -> int:
 
 
 def heads_per_group(problem: AttentionProblem, device: DeviceSpec) -> int:
-    """How many query heads' K and V fit in half of the L2 cache; without causality order does not matter."""
+    """How many query heads' K and V fit in the L2 cache, in groups alike; without causality order does not matter."""
     if problem.mask.right is None:
         return 1
     bytes_per_head = problem.seqlen_kv * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
-    num_kv_heads = max(1, device.l2_bytes // 2 // max(bytes_per_head, 1))
-    return min(num_kv_heads * problem.heads_per_kv, problem.batch * problem.heads_q)
+    num_heads = problem.batch * problem.heads_q
+    largest = max(1, device.l2_bytes // max(bytes_per_head, 1)) * problem.heads_per_kv
+    num_groups = -(-num_heads // largest)
+    return -(-num_heads // num_groups)
 
 
 def stores_by_descriptor(problem: AttentionProblem) -> bool:

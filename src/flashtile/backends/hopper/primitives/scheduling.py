@@ -1,4 +1,4 @@
-"""Which program works on what: a persistent grid, whose programs take every ``num_programs``-th share of the work."""
+"""Which program works on what: a persistent grid, whose programs take the next share of the work when they are done."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashtile.backends.hopper.primitives.channel import Channel, make_barriers, receive, release, slot_to_fill
+
+NUM_SLOTS = gl.constexpr(2)
+END = gl.constexpr(-1)
 
 
 class Schedule(NamedTuple):
@@ -17,6 +23,8 @@ class Schedule(NamedTuple):
     num_tiles: Any
     num_heads: Any
     group: Any
+    counter: Any
+    """How many shares were taken beyond the programs' first ones, 0 at the start; ``None`` if those are all."""
 
 
 class Work(NamedTuple):
@@ -30,6 +38,15 @@ class Work(NamedTuple):
 @gluon.jit
 def num_shares(schedule):
     return schedule.num_tiles * schedule.num_heads
+
+
+@gluon.jit
+def next_share(schedule, share_idx):
+    """The index of a program's next share; one that is not below ``num_shares`` does not exist."""
+    if schedule.counter is None:
+        return num_shares(schedule)
+    else:
+        return gl.num_programs(0) + gl.atomic_add(schedule.counter, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -48,3 +65,27 @@ def share(schedule, share_idx, heads_per_sequence, LAST_FIRST: gl.constexpr):
         tile_idx = schedule.num_tiles - 1 - tile_idx
     head = first_head + within % group
     return Work(tile_idx, head % heads_per_sequence, head // heads_per_sequence)
+
+
+@gluon.jit
+def make_share_channel(NUM_READERS: gl.constexpr):
+    """Tells the other partitions of a program which share comes next."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.int32, [NUM_SLOTS, 1], layout)
+    return Channel(numbers, make_barriers(NUM_SLOTS, 1), make_barriers(NUM_SLOTS, NUM_READERS))
+
+
+@gluon.jit
+def send_share(shares, turn, share_idx):
+    """From one warp; ``END`` is sent last."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot_to_fill(shares, turn).store(gl.full([1], 0, gl.int32, layout) + share_idx)
+    mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
+
+
+@gluon.jit
+def receive_share(shares, turn):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    share_idx = gl.max(receive(shares, turn).load(layout), 0)
+    release(shares, turn)
+    return share_idx

@@ -6,6 +6,8 @@ that is ``None`` is known to be ``None`` when the kernel is compiled, so an opti
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +93,6 @@ class Heads(NamedTuple):
     per_kv: Any
 
 
-def by_heads(tensor: Tensor) -> Tensor:
-    """A view [batch, heads, rows, columns] of tokens, packed ones as one batch entry."""
-    return (tensor if tensor.dim() == 4 else tensor[None]).transpose(1, 2)
-
-
 def tma_ready(tensor: Tensor) -> Tensor:
     """The tokens themselves if TMA can address them, else a copy in rows of a length that it can."""
     unit = ALIGNMENT_BYTES // tensor.element_size()
@@ -109,29 +106,57 @@ def tma_ready(tensor: Tensor) -> Tensor:
 
 
 def descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """Of tiles [1, 1, rows, cols] of ``by_heads(tensor)``, for tensors that are ``tma_ready``."""
-    view = by_heads(tensor)
-    shape = list(view.shape)
-    unit = ALIGNMENT_BYTES // tensor.element_size()
-    # An axis of one entry may have any stride in torch; TMA wants a multiple of 16 bytes there too.
-    strides = [unit if size == 1 else stride for size, stride in zip(shape[:-1], view.stride()[:-1], strict=True)]
-    block = [1, 1, rows, cols]
-    layout = NVMMASharedLayout.get_default_for(block, _ELEMENTS[tensor.dtype])
-    return TensorDescriptor(view, shape, [*strides, 1], block, layout)
+    """Of tiles [1, 1, rows, cols] of the tokens, as [batch, heads, rows, columns], for tensors that are ``tma_ready``."""
+    return _described(tensor, _tiled(tensor.shape, tensor.stride(), tensor.dtype, rows, cols))
 
 
 def numbers_descriptor(numbers: Tensor, rows: int) -> TensorDescriptor:
     """Of ``rows`` numbers in a row of a contiguous [batch, heads, rows], packed [heads, rows], as a matrix."""
+    return _described(numbers, _numbers(numbers.shape, rows))
+
+
+@lru_cache(maxsize=1024)
+def _tiled(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int, cols: int
+) -> dict[str, Any]:
+    if len(shape) == 3:
+        shape, strides = (1, *shape), (0, *strides)
+    batch, tokens, heads, width = shape
+    unit = ALIGNMENT_BYTES // dtype.itemsize
+    # An axis of one entry may have any stride in torch; TMA wants a multiple of 16 bytes there too.
+    by_batch, by_token, by_head = (
+        unit if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True)
+    )
+    block = [1, 1, rows, cols]
+    layout = NVMMASharedLayout.get_default_for(block, _ELEMENTS[dtype])
+    return _fields([batch, heads, tokens, width], [by_batch, by_head, by_token, 1], block, layout)
+
+
+@lru_cache(maxsize=1024)
+def _numbers(shape: tuple[int, ...], rows: int) -> dict[str, Any]:
     layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor.from_tensor(numbers.view(-1, numbers.shape[-1]), [1, rows], layout)
+    return _fields([math.prod(shape[:-1]), shape[-1]], [shape[-1], 1], [1, rows], layout)
+
+
+def _fields(shape: list[int], strides: list[int], block: list[int], layout: NVMMASharedLayout) -> dict[str, Any]:
+    """All of a descriptor but its tensor, which changes from call to call."""
+    return {"shape": shape, "strides": strides, "block_shape": block, "layout": layout, "padding": "zero"}
+
+
+def _described(tensor: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """A descriptor without the checks of its constructor, which take 10 us; the kernels' tests hold what they check."""
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__.update(fields, base=tensor)
+    return made
 
 
 def matrix(tensor: Tensor) -> Matrix:
     """The tokens as a matrix whose columns lie side by side."""
-    view = by_heads(tensor)
-    return Matrix(
-        tensor, *(0 if size == 1 else stride for size, stride in zip(view.shape[:3], view.stride()[:3], strict=True))
+    shape, strides = (
+        (tensor.shape, tensor.stride()) if tensor.dim() == 4 else ((1, *tensor.shape), (0, *tensor.stride()))
     )
+    batch, row, head = (0 if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True))
+    return Matrix(tensor, batch, head, row)
 
 
 def row_numbers(numbers: Tensor) -> RowNumbers:

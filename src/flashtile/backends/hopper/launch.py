@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
+from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved, TileConfig
 from flashtile.backends.hopper import arguments
 from flashtile.backends.hopper.arguments import Heads, Sequences, tma_ready
 from flashtile.backends.hopper.backward import attention_backward
 from flashtile.backends.hopper.backward_wide import attention_backward_wide
 from flashtile.backends.hopper.constants import LOG2_E, ROWS, STATISTICS_ROWS
 from flashtile.backends.hopper.forward import attention_forward
+from flashtile.backends.hopper.launcher import Launcher
 from flashtile.backends.hopper.plan import (
     BackwardTiles,
     ForwardTiles,
@@ -29,6 +31,11 @@ from flashtile.backends.hopper.statistics import attention_row_statistics
 from flashtile.spec import devices
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
+
+_FORWARD = Launcher(attention_forward)
+_BACKWARD = Launcher(attention_backward)
+_BACKWARD_WIDE = Launcher(attention_backward_wide)
+_ROW_STATISTICS = Launcher(attention_row_statistics)
 
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers of a consumer's threads and of the loader's; in all 64 Ki for an SM."""
@@ -46,20 +53,24 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
     width, width_v = widths(problem)
     consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
     with _device_of(q):
-        attention_forward[plan.forward.grid](
-            arguments.descriptor(q, ROWS, width),
-            arguments.descriptor(k, tiles.block_kv, width),
-            arguments.descriptor(v, tiles.block_kv, width_v),
-            arguments.descriptor(out, ROWS, width_v) if stores_by_descriptor(problem) else None,
-            arguments.matrix(out),
-            arguments.row_numbers(lse),
-            operands.sinks,
-            arguments.score_rules(problem, operands),
-            Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
-            Heads(problem.heads_q, problem.heads_per_kv),
-            _schedule(problem, plan.forward, q.device),
-            problem.seqlen_q,
-            problem.seqlen_kv,
+        _FORWARD(
+            _form(problem, tiles, (q, k, v), operands),
+            plan.forward.grid,
+            (
+                arguments.descriptor(q, ROWS, width),
+                arguments.descriptor(k, tiles.block_kv, width),
+                arguments.descriptor(v, tiles.block_kv, width_v),
+                arguments.descriptor(out, ROWS, width_v) if stores_by_descriptor(problem) else None,
+                arguments.matrix(out),
+                arguments.row_numbers(lse),
+                operands.sinks,
+                arguments.score_rules(problem, operands),
+                Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
+                Heads(problem.heads_q, problem.heads_per_kv),
+                _schedule(problem, plan.forward, q.device),
+                problem.seqlen_q,
+                problem.seqlen_kv,
+            ),
             HEAD_DIM_V=problem.head_dim_v,
             BLOCK_KV=tiles.block_kv,
             NUM_CONSUMERS=tiles.num_consumers,
@@ -68,7 +79,6 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
             IN_TURN=tiles.is_in_turn,
             CONSUMER_REGISTERS=consumer_registers,
             LOADER_REGISTERS=loader_registers,
-            num_warps=4,
         )
     return out, lse
 
@@ -87,30 +97,33 @@ def backward(
         d_q_sum = _float32_zeros(q)
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
         d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
-        kernel = attention_backward_wide if width > 128 or width_v > 128 else attention_backward
-        kernel[plan.backward.grid](
-            arguments.descriptor(q, tiles.block_q, width),
-            arguments.descriptor(k, ROWS, width),
-            arguments.descriptor(v, ROWS, width_v),
-            arguments.descriptor(d_out, tiles.block_q, width_v),
-            arguments.numbers_descriptor(lse_log2, tiles.block_q),
-            arguments.numbers_descriptor(delta, tiles.block_q),
-            arguments.descriptor(d_q_sum, ROWS, tiles.d_q_columns(width)),
-            arguments.matrix(d_k),
-            arguments.matrix(d_v),
-            problem.scale,
-            arguments.score_rules(problem, operands),
-            Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
-            Heads(problem.heads_q, problem.heads_per_kv),
-            problem.seqlen_q,
-            problem.seqlen_kv,
+        kernel = _BACKWARD_WIDE if width > 128 or width_v > 128 else _BACKWARD
+        kernel(
+            _form(problem, tiles, (q, k, v, d_out), operands),
+            plan.backward.grid,
+            (
+                arguments.descriptor(q, tiles.block_q, width),
+                arguments.descriptor(k, ROWS, width),
+                arguments.descriptor(v, ROWS, width_v),
+                arguments.descriptor(d_out, tiles.block_q, width_v),
+                arguments.numbers_descriptor(lse_log2, tiles.block_q),
+                arguments.numbers_descriptor(delta, tiles.block_q),
+                arguments.descriptor(d_q_sum, ROWS, tiles.d_q_columns(width)),
+                arguments.matrix(d_k),
+                arguments.matrix(d_v),
+                problem.scale,
+                arguments.score_rules(problem, operands),
+                Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
+                Heads(problem.heads_q, problem.heads_per_kv),
+                problem.seqlen_q,
+                problem.seqlen_kv,
+            ),
             HEAD_DIM=problem.head_dim,
             HEAD_DIM_V=problem.head_dim_v,
             BLOCK_Q=tiles.block_q,
             NUM_STAGES=tiles.num_stages,
             CONSUMER_REGISTERS=240,
             LOADER_REGISTERS=24,
-            num_warps=4,
         )
         d_q = torch.empty_like(operands.q, memory_format=torch.contiguous_format)
         torch.mul(d_q_sum, problem.scale, out=d_q)  # scaled, and rounded once
@@ -135,20 +148,23 @@ def _row_statistics(
     width_v = widths(problem)[1]
     block_rows = max(8, min(STATISTICS_ROWS, 4096 // width_v))
     num_blocks = -(-problem.seqlen_q // STATISTICS_ROWS) * (STATISTICS_ROWS // block_rows)
-    attention_row_statistics[(num_blocks * problem.heads_q * problem.batch,)](
-        arguments.matrix(saved.out),
-        arguments.matrix(d_out),
-        arguments.row_numbers(saved.lse.contiguous()),
-        None if d_lse is None else arguments.row_numbers(d_lse.contiguous()),
-        arguments.row_numbers(lse_log2),
-        arguments.row_numbers(delta),
-        operands.cu_seqlens_q,
-        problem.heads_q,
-        problem.seqlen_q,
+    _ROW_STATISTICS(
+        (problem, d_out.stride(), d_lse is None, d_out.device.index),
+        (num_blocks * problem.heads_q * problem.batch,),
+        (
+            arguments.matrix(saved.out),
+            arguments.matrix(d_out),
+            arguments.row_numbers(saved.lse.contiguous()),
+            None if d_lse is None else arguments.row_numbers(d_lse.contiguous()),
+            arguments.row_numbers(lse_log2),
+            arguments.row_numbers(delta),
+            operands.cu_seqlens_q,
+            problem.heads_q,
+            problem.seqlen_q,
+        ),
         HEAD_DIM_V=problem.head_dim_v,
         BLOCK_DV=width_v,
         BLOCK_ROWS=block_rows,
-        num_warps=4,
     )
     return lse_log2, delta
 
@@ -165,6 +181,15 @@ def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:
     exponent = sinks.float()[:, None] * LOG2_E - lse_log2  # [batch, heads, rows] or [heads, rows]
     per_row = exponent.exp2_().mul_(delta).neg_()
     return per_row.sum(dim=(0, 2) if per_row.dim() == 3 else 1).to(sinks.dtype)
+
+
+def _form(
+    problem: AttentionProblem, tiles: TileConfig, streams: tuple[Tensor, ...], operands: Operands
+) -> tuple[Hashable, ...]:
+    """All that a compiled kernel depends on; the streams have been made ready, so their addresses are aligned."""
+    options = (operands.alibi_slopes, operands.sinks, operands.cu_seqlens_q, operands.cu_seqlens_kv)
+    alignments = (None if option is None else option.data_ptr() % arguments.ALIGNMENT_BYTES for option in options)
+    return (problem, tiles, streams[0].device.index, *(stream.stride() for stream in streams), *alignments)
 
 
 def _schedule(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Schedule:

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -47,6 +48,8 @@ def attention_backward_apart(
     D_S_SLOTS: gl.constexpr,
     DIRECT: gl.constexpr,
     LATE: gl.constexpr,
+    KV_REGS: gl.constexpr,
+    PREFETCH: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     D_Q_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
@@ -79,8 +82,8 @@ def attention_backward_apart(
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE)),
-                (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE)),
+                (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE, KV_REGS, PREFETCH)),
+                (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE, KV_REGS, PREFETCH)),
                 (add_d_q, (call, channels, d_s, d_q_desc, d_q_matrix, NUM_CONSUMERS, HEAD_DIM, DIRECT)),
                 (load, (call, channels, loads)),
             ],
@@ -90,9 +93,9 @@ def attention_backward_apart(
     else:
         gl.warp_specialize(
             [
-                (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE)),
-                (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE)),
-                (gradients, (2, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE)),
+                (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE, KV_REGS, PREFETCH)),
+                (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE, KV_REGS, PREFETCH)),
+                (gradients, (2, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, NUM_CONSUMERS, LATE, KV_REGS, PREFETCH)),
                 (add_d_q, (call, channels, d_s, d_q_desc, d_q_matrix, NUM_CONSUMERS, HEAD_DIM, DIRECT)),
                 (load, (call, channels, loads)),
             ],
@@ -112,6 +115,8 @@ def gradients(
     HEAD_DIM_V: gl.constexpr,
     NUM_CONSUMERS: gl.constexpr,
     LATE: gl.constexpr,
+    KV_REGS: gl.constexpr,
+    PREFETCH: gl.constexpr,
 ):
     BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
@@ -141,6 +146,13 @@ def gradients(
             zero_rows_from(k, sequence.seqlen_kv - own_begin)
             zero_rows_from(v, sequence.seqlen_kv - own_begin)
 
+    if KV_REGS:
+        k = k.load(operand_layout(BLOCK_Q))
+        v = v.load(operand_layout(BLOCK_Q))
+    if PREFETCH:
+        s_token = warpgroup_mma_init(no_s)
+        if work.num_steps > 0:
+            s_token = warpgroup_mma(k, receive(channels.q, 0).permute((1, 0)), no_s, use_acc=False, is_async=True)
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
         slot = step % NUM_STAGES
@@ -150,7 +162,8 @@ def gradients(
         q = receive(channels.q, step)
         if is_packed:
             zero_rows_from(q, sequence.seqlen_q - q_begin)
-        s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        if not PREFETCH:
+            s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
         if is_packed:
             zero_rows_from(d_out, sequence.seqlen_q - q_begin)
@@ -180,10 +193,17 @@ def gradients(
             fence_async_shared()
             mbarrier.arrive(d_s.ready.index(d_s_step % D_S_SLOTS), count=1)
             d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
-        d_v, d_k = warpgroup_mma_wait(0, deps=[d_v_token, d_k_token])
+        if PREFETCH:
+            next_q = receive(channels.q, gl.minimum(step + 1, work.num_steps - 1))
+            s_token = warpgroup_mma(k, next_q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+            d_v, d_k = warpgroup_mma_wait(1, deps=[d_v_token, d_k_token])
+        else:
+            d_v, d_k = warpgroup_mma_wait(0, deps=[d_v_token, d_k_token])
         release(channels.d_out, step)
         release(channels.q, step)
 
+    if PREFETCH:
+        warpgroup_mma_wait(0, deps=[s_token])
     d_k_matrix, d_v_matrix, scale = targets
     num_rows = sequence.seqlen_kv - own_begin
     row = sequence.kv_begin + own_begin

@@ -64,10 +64,9 @@ class Call(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Where results go: ``tiles`` in shared memory and the descriptor, or for packed tensors the matrix alone."""
+    """Where results go: through the descriptor, by way of the tile of Q in shared memory, or straight to the matrix."""
 
     desc: Any
-    tiles: Any
     matrix: Any
     lse: Any
     sink_ptr: Any
@@ -111,6 +110,7 @@ def attention_forward(
     HEAD_DIM_V: gl.constexpr,
     BLOCK_KV: gl.constexpr,
     NUM_CONSUMERS: gl.constexpr,
+    NUM_Q_SLOTS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     ORDERED: gl.constexpr,
     IN_TURN: gl.constexpr,
@@ -121,17 +121,13 @@ def attention_forward(
     BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
     shares = make_share_channel(NUM_CONSUMERS)
-    q = make_channel(dtype, NUM_CONSUMERS, ROWS, BLOCK_D, 1)
+    q = make_channel(dtype, NUM_Q_SLOTS * NUM_CONSUMERS, ROWS, BLOCK_D, 1)
     k = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_D, NUM_CONSUMERS)
     v = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_DV, NUM_CONSUMERS)
-    out_tiles = None
-    if out_desc is not None:
-        out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
-        out_tiles = gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], out_layout)
     fence_async_shared()
 
     call = Call(rules, sequences, heads, schedule, seqlen_q, seqlen_kv)
-    results = Results(out_desc, out_tiles, out_matrix, lse, sink_ptr)
+    results = Results(out_desc, out_matrix, lse, sink_ptr)
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -166,7 +162,7 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
         block_begin = work.tile_idx * BLOCK_Q
         if block_begin < sequence.seqlen_q:
             send_share(shares, turn, share_idx)
-            tiles = visited_tiles(call.rules.window, sequence, block_begin, block_begin, BLOCK_Q, BLOCK_KV)
+            tiles = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
             kv_head_idx = work.head_idx // call.heads.per_kv
             row = sequence.q_begin + block_begin
             for part in gl.static_range(NUM_CONSUMERS):
@@ -200,6 +196,7 @@ def softmax_and_pv(
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
     BLOCK_KV: gl.constexpr = k.tiles.shape[1]
     BLOCK_DV: gl.constexpr = v.tiles.shape[2]
+    NUM_Q_SLOTS: gl.constexpr = q.tiles.shape[0] // NUM_CONSUMERS
     dtype: gl.constexpr = q.tiles.dtype
     S: gl.constexpr = product_layout(BLOCK_KV)
     P: gl.constexpr = operand_layout(BLOCK_DV)
@@ -218,8 +215,13 @@ def softmax_and_pv(
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
         q_begin = block_begin + part * ROWS
-        tiles = visited_tiles(call.rules.window, sequence, block_begin, q_begin, BLOCK_Q, BLOCK_KV)
-        last = tiles.end - 1
+        visited = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
+        tiles = visited_tiles(call.rules.window, sequence, q_begin, ROWS, BLOCK_KV)
+        last = gl.maximum(gl.minimum(tiles.end, visited.end) - 1, visited.begin)
+        num_hidden = visited.end - 1 - last
+        for i in range(num_hidden):  # tiles that only other rows of the block see
+            skip(k, v, step + i, part, next_part)
+        step += num_hidden
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, work.head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         block = Block(head, q_begin + q_idx, kv_idx, receive(q, turn * NUM_CONSUMERS + part), k, v)
@@ -236,12 +238,17 @@ def softmax_and_pv(
         if call.sequences.cu_seqlens_kv is not None:  # what lies behind a packed sequence may be NaN
             zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV)
 
-        for tile_idx in range(last - 1, tiles.begin - 1, -1):
+        if results.desc is not None:  # the share before this one has left its tile of Q by now
+            tma.store_wait(0)
+            mbarrier.arrive(q.empty.index((turn + 1) % NUM_Q_SLOTS * NUM_CONSUMERS + part), count=1, pred=turn > 0)
+
+        for tile_idx in range(last - 1, visited.begin - 1, -1):
             is_masked = not is_full(tiles, tile_idx)
             sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED, next_part)
 
-        step += last - tiles.begin  # the step of the last product P @ V
-        mbarrier.arrive(q.empty.index(part), count=1)
+        step += last - visited.begin  # the step of the last product P @ V
+        if results.desc is None:
+            release(q, turn * NUM_CONSUMERS + part)
         acc_token = warpgroup_mma(sums.p_operand, receive(v, step), sums.acc, is_async=True)
         row_sum = gl.convert_layout(gl.sum(sums.row_sums, 1), rows_of(S))
         factor, lse = finish(sums.max_log2, row_sum, results.sink_ptr, work.head_idx)
@@ -252,14 +259,12 @@ def softmax_and_pv(
         release(v, step)
         out = rescaled(acc, factor).to(dtype)
         if results.desc is not None:
-            tile = results.tiles.index(part)
-            tma.store_wait(0)
-            barrier()
-            tile.store(out)
+            barrier()  # all threads are done with Q
+            block.q.store(out)
             fence_async_shared()
             barrier()
             place = [sequence.buffer_idx, work.head_idx, q_begin, 0]
-            tma_store(results.desc, place, tile.reshape([1, 1, ROWS, BLOCK_DV]))
+            tma_store(results.desc, place, block.q.reshape([1, 1, ROWS, BLOCK_DV]))
         else:
             first, num_rows = sequence.q_begin + q_begin, sequence.seqlen_q - q_begin
             store_rows(results.matrix, out, sequence.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
@@ -299,13 +304,24 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
 
 
 @gluon.jit
-def visited_tiles(window, sequence, block_begin, q_begin, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr):
-    """The kv tiles that a block of queries visits, at least one; full are those that 64 rows from ``q_begin`` see whole."""
+def skip(k, v, step, part: gl.constexpr, next_part: gl.constexpr):
+    """Lets a tile of keys and values pass."""
+    if next_part is not None:
+        take_turn(part)
+        pass_turn(next_part)
+    receive(k, step)
+    release(k, step)
+    receive(v, step)
+    release(v, step)
+
+
+@gluon.jit
+def visited_tiles(window, sequence, q_begin, NUM_ROWS: gl.constexpr, BLOCK_KV: gl.constexpr):
+    """The kv tiles that a block of queries visits: those that it sees, and at least one."""
     seqlen_q, seqlen_kv = sequence.seqlen_q, sequence.seqlen_kv
-    block_end = gl.minimum(block_begin + BLOCK_Q, seqlen_q)
-    block = kv_tiles(window, seqlen_q, seqlen_kv, block_begin, block_end, BLOCK_KV)
-    own = kv_tiles(window, seqlen_q, seqlen_kv, q_begin, q_begin + ROWS, BLOCK_KV)
-    return TileRange(block.begin, own.full_begin, own.full_end, gl.maximum(block.end, block.begin + 1))
+    q_end = gl.minimum(q_begin + NUM_ROWS, seqlen_q)
+    tiles = kv_tiles(window, seqlen_q, seqlen_kv, q_begin, q_end, BLOCK_KV)
+    return TileRange(tiles.begin, tiles.full_begin, tiles.full_end, gl.maximum(tiles.end, tiles.begin + 1))
 
 
 @gluon.jit

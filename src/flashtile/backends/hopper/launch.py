@@ -22,12 +22,13 @@ from flashtile.backends.hopper.plan import (
     BackwardTiles,
     ForwardTiles,
     heads_per_group,
+    num_q_slots,
     num_q_tiles,
     stores_by_descriptor,
     widths,
 )
 from flashtile.backends.hopper.primitives.scheduling import Schedule
-from flashtile.backends.hopper.statistics import attention_row_statistics
+from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
 from flashtile.spec import devices
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -36,6 +37,7 @@ _FORWARD = Launcher(attention_forward)
 _BACKWARD = Launcher(attention_backward)
 _BACKWARD_WIDE = Launcher(attention_backward_wide)
 _ROW_STATISTICS = Launcher(attention_row_statistics)
+_SCALE_D_Q = Launcher(attention_scale_d_q)
 
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers of a consumer's threads and of the loader's; in all 64 Ki for an SM."""
@@ -74,6 +76,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
             HEAD_DIM_V=problem.head_dim_v,
             BLOCK_KV=tiles.block_kv,
             NUM_CONSUMERS=tiles.num_consumers,
+            NUM_Q_SLOTS=num_q_slots(problem),
             NUM_STAGES=tiles.num_stages,
             ORDERED=tiles.is_ordered,
             IN_TURN=tiles.is_in_turn,
@@ -125,8 +128,7 @@ def backward(
             CONSUMER_REGISTERS=240,
             LOADER_REGISTERS=24,
         )
-        d_q = torch.empty_like(operands.q, memory_format=torch.contiguous_format)
-        torch.mul(d_q_sum, problem.scale, out=d_q)  # scaled, and rounded once
+        d_q = _scaled(d_q_sum, problem)
         d_sinks = None if operands.sinks is None else _sink_gradient(operands.sinks, lse_log2, delta)
     found = {"q": d_q, "k": d_k, "v": d_v, "sinks": d_sinks}
     return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
@@ -174,6 +176,22 @@ def _float32_zeros(q: Tensor) -> Tensor:
     *outer, width = q.shape
     unit = arguments.ALIGNMENT_BYTES // 4
     return torch.zeros((*outer, -(-width // unit) * unit), dtype=torch.float32, device=q.device)[..., :width]
+
+
+def _scaled(d_q_sum: Tensor, problem: AttentionProblem) -> Tensor:
+    """d_q from its sum: scaled, and rounded once."""
+    d_q = torch.empty(d_q_sum.shape, dtype=problem.dtype, device=d_q_sum.device)
+    num_rows, width = d_q.numel() // problem.head_dim, widths(problem)[0]
+    block_rows = 4096 // width
+    _SCALE_D_Q(
+        (problem, d_q.device.index),
+        (-(-num_rows // block_rows),),
+        (d_q_sum, d_q, num_rows, d_q_sum.stride(-2), problem.scale),
+        HEAD_DIM=problem.head_dim,
+        BLOCK_D=width,
+        BLOCK_ROWS=block_rows,
+    )
+    return d_q
 
 
 def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:

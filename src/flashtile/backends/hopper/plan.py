@@ -160,12 +160,17 @@ def heads_per_group(problem: AttentionProblem, device: DeviceSpec) -> int:
     return -(-num_heads // num_groups)
 
 
+def num_q_slots(problem: AttentionProblem) -> int:
+    """How many tiles of Q each consumer has, so that the next one is there in time."""
+    return 2 if widths(problem)[0] <= 128 else 1
+
+
 def stores_by_descriptor(problem: AttentionProblem) -> bool:
-    """Whether the output goes through shared memory and TMA: dense, and where a tile of it fits beside the others."""
-    return problem.layout == "dense" and max(widths(problem)) <= 128 and problem.head_dim_v % 8 == 0
+    """Whether the output goes through the shared memory of Q's tile and TMA: dense, and as wide as Q."""
+    width, width_v = widths(problem)
+    return problem.layout == "dense" and width == width_v and num_q_slots(problem) > 1 and problem.head_dim_v % 8 == 0
 
 
 def forward_shared_memory_bytes(problem: AttentionProblem, tiles: ForwardTiles) -> int:
     (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
-    rows_q = tiles.block_q * (width + width_v * stores_by_descriptor(problem))
-    return (rows_q + tiles.num_stages * tiles.block_kv * (width + width_v)) * itemsize
+    return (num_q_slots(problem) * tiles.block_q * width + tiles.num_stages * tiles.block_kv * (width + width_v)) * itemsize

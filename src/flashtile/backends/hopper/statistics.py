@@ -1,6 +1,6 @@
-"""Before the backward: delta = rowsum(out * d_out) - d_lse and the lse as a power of two, for each query row.
+"""Before the backward: delta = rowsum(out * d_out) - d_lse and the lse as a power of two. After it: d_q, rounded once.
 
-Plain Triton: a pass over out and d_out that memory bounds has no use for Hopper's asynchronous units.
+Plain Triton: passes that memory bounds have no use for Hopper's asynchronous units.
 """
 
 from __future__ import annotations
@@ -58,6 +58,25 @@ def attention_row_statistics(
     target = _place(lse_log2, buffer_idx, head_idx) + first_number + row
     tl.store(target, tl.where(row_lse > -INF, row_lse * LOG2_E, INF), mask=within)
     tl.store(_place(delta, buffer_idx, head_idx) + first_number + row, numbers, mask=within)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def attention_scale_d_q(
+    d_q_sum,
+    d_q,
+    num_rows,
+    sum_row_stride,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """d_q = d_q_sum * scale in d_q's dtype, for all heads of all tokens; d_q's rows lie side by side."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < num_rows) & (cols < HEAD_DIM)
+    total = tl.load(d_q_sum + row * sum_row_stride + cols, mask=mask)
+    tl.store(d_q + row * HEAD_DIM + cols, (total * scale).to(d_q.dtype.element_ty), mask=mask)
 
 
 @triton.jit

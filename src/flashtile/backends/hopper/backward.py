@@ -8,10 +8,11 @@ Scores are transposed, keys as rows, so that P and dS feed the products for d_v 
 | ``load`` | one warp: the tiles of K and V, then Q, d_out and the statistics of each tile of queries |
 | ``gradients`` | two times four warps: 64 keys each; S, dP, d_v and d_k of its keys, and its half of the tile's d_q |
 | ``add_d_q`` | one warp: adds finished tiles of d_q to memory, in float32 |
+| ``clean`` | one warp, for packed sequences: what lies behind their ends must not be NaN |
 
 | name | what |
 |---|---|
-| s_t, p_t, d_p_t, d_s_t | scores, probabilities and their gradients [64, BLOCK_Q], float32 |
+| s_t, p_t, d_p_t, d_s_t | scores, probabilities and their gradients [64, 64], float32 |
 | lse_log2, delta | two numbers per query row from ``statistics``, float32 |
 | d_q, d_k, d_v | sums in float32: d_k [64, BLOCK_D] and d_v [64, BLOCK_DV] in registers, d_q in memory |
 
@@ -35,15 +36,18 @@ from flashtile.backends.hopper.backward_parts import (
     Call,
     Channels,
     add_d_q,
+    clean,
     find_work,
     load,
     tile_and_head,
+    wait_for_keys,
+    wait_for_rows,
 )
 from flashtile.backends.hopper.primitives import scores
 from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
-from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
+from flashtile.backends.hopper.primitives.tiles import store_rows
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 
@@ -67,7 +71,6 @@ def attention_backward(
     seqlen_kv,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
@@ -77,18 +80,20 @@ def attention_backward(
     dtype: gl.constexpr = q_desc.dtype
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
-    d_s_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], dtype)
+    d_s_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], dtype)
     channels = Channels(
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_D], kv_layout),
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], v_layout),
         make_barriers(1, 1),
-        make_channel(dtype, NUM_STAGES, BLOCK_Q, BLOCK_D, NUM_CONSUMERS),
-        make_channel(dtype, NUM_STAGES, BLOCK_Q, BLOCK_DV, NUM_CONSUMERS),
-        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, BLOCK_Q], lse_log2_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, BLOCK_Q], delta_desc.layout),
-        make_channel(gl.float32, NUM_CONSUMERS, ROWS, d_q_desc.block_shape[3], 1),
+        make_barriers(1, 1),
+        make_barriers(1, 1),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_CONSUMERS),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_CONSUMERS),
+        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], lse_log2_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], delta_desc.layout),
+        make_channel(gl.float32, NUM_CONSUMERS, ROWS, BLOCK_D // NUM_CONSUMERS, 1),
     )
-    d_s = gl.allocate_shared_memory(dtype, [2 * NUM_CONSUMERS, ROWS, BLOCK_Q], d_s_layout)
+    d_s = gl.allocate_shared_memory(dtype, [2 * NUM_CONSUMERS, ROWS, ROWS], d_s_layout)
     fence_async_shared()
 
     call = Call(rules, sequences, heads, seqlen_q, seqlen_kv)
@@ -100,68 +105,61 @@ def attention_backward(
             (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V)),
             (load, (call, channels, loads)),
             (add_d_q, (call, channels, d_q_desc)),
+            (clean, (call, channels)),
         ],
-        [4, 1, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        [4, 1, 1, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )
 
 
 @gluon.jit
 def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
-    BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     NUM_STAGES: gl.constexpr = channels.q.tiles.shape[0]
-    Q_COLS: gl.constexpr = channels.d_q.tiles.shape[2]
+    Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
     dtype: gl.constexpr = channels.q.tiles.dtype
-    S: gl.constexpr = product_layout(BLOCK_Q)
+    S: gl.constexpr = product_layout(ROWS)
     DK: gl.constexpr = product_layout(BLOCK_D)
     DV: gl.constexpr = product_layout(BLOCK_DV)
     DQ: gl.constexpr = product_layout(Q_COLS)
 
-    work = find_work(call, BLOCK_Q, BLOCK_KV)
+    work = find_work(call, BLOCK_KV)
     sequence = work.sequence
     own_begin = work.kv_begin + part * ROWS
     kv_pos = own_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
-    q_idx = gl.expand_dims(gl.arange(0, BLOCK_Q, cols_of(S)), 0)
+    q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
     own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
-    tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, BLOCK_Q)
+    tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
     has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
     unit_log2 = scores.unit_log2(call.rules)
     d_k = gl.zeros([ROWS, BLOCK_D], gl.float32, DK)
     d_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, DV)
-    no_s = gl.zeros([ROWS, BLOCK_Q], gl.float32, S)
+    no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
     no_d_q = gl.zeros([ROWS, Q_COLS], gl.float32, DQ)
     k, v = channels.k.index(part), channels.v.index(part)
     z = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    is_packed: gl.constexpr = call.sequences.cu_seqlens_kv is not None
     if work.num_steps > 0:
-        mbarrier.wait(channels.kv_ready.index(0), 0)
-        if is_packed:  # what lies behind a packed sequence may be NaN
-            zero_rows_from(k, sequence.seqlen_kv - own_begin)
-            zero_rows_from(v, sequence.seqlen_kv - own_begin)
+        wait_for_keys(call, channels)
 
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
         slot = step % NUM_STAGES
-        q_begin = tile_idx * BLOCK_Q
+        q_begin = tile_idx * ROWS
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
-        if is_packed:
-            zero_rows_from(q, sequence.seqlen_q - q_begin)
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
-        if is_packed:
-            zero_rows_from(d_out, sequence.seqlen_q - q_begin)
+        wait_for_rows(call, channels, work, step, tile_idx)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        lse_log2 = channels.lse_log2.index(slot).reshape([BLOCK_Q]).load(cols_of(S))
+        lse_log2 = channels.lse_log2.index(slot).reshape([ROWS]).load(cols_of(S))
         s_t = warpgroup_mma_wait(1, deps=[s_token])
         is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
         s_t, capped_t = scores.scored(s_t, head, q_begin + q_idx, kv_pos, is_masked)
         p_t = gl.exp2(gl.fma(s_t, gl.to_tensor(unit_log2), -gl.expand_dims(lse_log2, 0)))
         p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
-        delta = channels.delta.index(slot).reshape([BLOCK_Q]).load(cols_of(S))
+        delta = channels.delta.index(slot).reshape([ROWS]).load(cols_of(S))
         d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
         d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
         d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
@@ -182,9 +180,6 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
         d_q = warpgroup_mma_wait(1, deps=[d_q_token])
         mbarrier.wait(channels.d_q.empty.index(part), (step & 1) ^ 1)
         channels.d_q.tiles.index(part).store(d_q)
-        if is_packed:  # the tile may reach into the next sequence
-            first_row = q_begin + (part * ROWS if BLOCK_Q > ROWS else 0)
-            zero_rows_from(channels.d_q.tiles.index(part), sequence.seqlen_q - first_row)
         fence_async_shared()
         mbarrier.arrive(channels.d_q.ready.index(part), count=1)
         d_k = warpgroup_mma_wait(0, deps=[d_k_token])
@@ -199,15 +194,10 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
 
 @gluon.jit
 def d_q_product(d_s, k, pair, part: gl.constexpr, no_d_q):
-    """dS @ K over both consumers' keys: one consumer has half of the columns if the tile has 64 queries, else of rows."""
-    BLOCK_Q: gl.constexpr = d_s.shape[2]
+    """A half of the columns of dS @ K, over both consumers' keys."""
     Q_COLS: gl.constexpr = no_d_q.shape[1]
     token = no_d_q
     for half in gl.static_range(NUM_CONSUMERS):
-        d_s_half, k_half = d_s.index(pair + half), k.index(half)
-        if BLOCK_Q == ROWS:
-            k_half = k_half.slice(part * Q_COLS, Q_COLS, dim=1)
-        else:
-            d_s_half = d_s_half.slice(part * ROWS, ROWS, dim=1)
-        token = warpgroup_mma(d_s_half.permute((1, 0)), k_half, token, use_acc=half > 0, is_async=True)
+        k_half = k.index(half).slice(part * Q_COLS, Q_COLS, dim=1)
+        token = warpgroup_mma(d_s.index(pair + half).permute((1, 0)), k_half, token, use_acc=half > 0, is_async=True)
     return token

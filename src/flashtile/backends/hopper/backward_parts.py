@@ -1,4 +1,4 @@
-"""What the backward kernels have in common: the share of a program, the warp that loads and the one that adds up d_q."""
+"""What the backward kernels have in common: the share of a program, and the warps that load, clean and add up d_q."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row
-from flashtile.backends.hopper.primitives.channel import claim
+from flashtile.backends.hopper.primitives.channel import claim, receive
 from flashtile.backends.hopper.primitives.gluon_compat import tma_add, tma_load
 from flashtile.backends.hopper.primitives.masking import q_tiles
+from flashtile.backends.hopper.primitives.tiles import zero_rows_from
 
 ROWS = gl.constexpr(constants.ROWS)
 NUM_CONSUMERS = gl.constexpr(2)
@@ -43,12 +44,15 @@ class Work(NamedTuple):
 class Channels(NamedTuple):
     """What lies in shared memory: K and V [parts, 64, columns], the streams of Q and d_out, d_q on its way to memory.
 
-    The two numbers of each query row come with the tile of d_out, in its slots.
+    The two numbers of each query row come with the tile of d_out, in its slots. The barriers ``kv_clean`` and ``clean``
+    are those of ``clean``.
     """
 
     k: Any
     v: Any
     kv_ready: Any
+    kv_clean: Any
+    clean: Any
     q: Any
     d_out: Any
     lse_log2: Any
@@ -57,7 +61,7 @@ class Channels(NamedTuple):
 
 
 @gluon.jit
-def find_work(call, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr):
+def find_work(call, BLOCK_KV: gl.constexpr):
     """The program's share; one without keys has no steps."""
     num_kv_tiles = gl.cdiv(call.seqlen_kv, BLOCK_KV)
     program_idx = gl.program_id(0)
@@ -67,7 +71,7 @@ def find_work(call, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr):
     sequence = find_sequence(call.sequences, batch_idx, call.seqlen_q, call.seqlen_kv)
     kv_begin = (program_idx % num_kv_tiles) * BLOCK_KV
     kv_end = gl.minimum(kv_begin + BLOCK_KV, sequence.seqlen_kv)
-    tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, kv_begin, kv_end, BLOCK_Q)
+    tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, kv_begin, kv_end, ROWS)
     num_tiles = gl.where(kv_begin < sequence.seqlen_kv, tiles.end - tiles.begin, 0)
     return Work(sequence, batch_idx, kv_head_idx, kv_begin, tiles, num_tiles, num_tiles * call.heads.per_kv)
 
@@ -85,12 +89,11 @@ def tile_and_head(work, call, step):
 @gluon.jit
 def load(call, channels, loads):
     q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc = loads
-    BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     NUM_PARTS: gl.constexpr = channels.k.shape[0]
     NUM_SLOTS: gl.constexpr = channels.d_out.tiles.shape[0]
-    work = find_work(call, BLOCK_Q, NUM_PARTS * ROWS)
+    work = find_work(call, NUM_PARTS * ROWS)
     sequence = work.sequence
     if work.num_steps > 0:
         kv_ready = channels.kv_ready.index(0)
@@ -102,39 +105,76 @@ def load(call, channels, loads):
     numbers: gl.constexpr = lse_log2_desc.block_type.nbytes + delta_desc.block_type.nbytes
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
-        row = tile_idx * BLOCK_Q
+        row = tile_idx * ROWS
         place = [sequence.buffer_idx, head_idx, sequence.q_begin + row, 0]
         tile, ready = claim(channels.q, step, q_desc.block_type.nbytes)
-        tma_load(q_desc, place, ready, tile.reshape([1, 1, BLOCK_Q, BLOCK_D]))
+        tma_load(q_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_D]))
         tile, ready = claim(channels.d_out, step, d_out_desc.block_type.nbytes + numbers)
         number_row, number_col = statistics_row(call, sequence, work.batch_idx, head_idx, row)
         slot = step % NUM_SLOTS
         tma_load(lse_log2_desc, [number_row, number_col], ready, channels.lse_log2.index(slot))
         tma_load(delta_desc, [number_row, number_col], ready, channels.delta.index(slot))
-        tma_load(d_out_desc, place, ready, tile.reshape([1, 1, BLOCK_Q, BLOCK_DV]))
+        tma_load(d_out_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_DV]))
+
+
+@gluon.jit
+def wait_for_keys(call, channels):
+    """Until K and V have arrived, and hold nothing that does not belong to the sequence."""
+    if call.sequences.cu_seqlens_kv is None:
+        mbarrier.wait(channels.kv_ready.index(0), 0)
+    else:
+        mbarrier.wait(channels.kv_clean.index(0), 0)
+
+
+@gluon.jit
+def wait_for_rows(call, channels, work, step, tile_idx):
+    """Until the tiles of Q and d_out of a step, which have arrived, hold nothing behind the end of their sequence."""
+    if call.sequences.cu_seqlens_kv is not None:
+        if (tile_idx + 1) * ROWS > work.sequence.seqlen_q:
+            head = step // work.num_tiles if call.heads.per_kv > 1 else 0
+            mbarrier.wait(channels.clean.index(0), head & 1)
+
+
+@gluon.jit
+def clean(call, channels):
+    """Sets to 0 what lies behind a packed sequence in its tiles: it may be NaN, and 0 times NaN is NaN."""
+    if call.sequences.cu_seqlens_kv is not None:
+        NUM_PARTS: gl.constexpr = channels.k.shape[0]
+        work = find_work(call, NUM_PARTS * ROWS)
+        if work.num_steps > 0:
+            mbarrier.wait(channels.kv_ready.index(0), 0)
+            num_keys = work.sequence.seqlen_kv - work.kv_begin
+            for part in gl.static_range(NUM_PARTS):
+                zero_rows_from(channels.k.index(part), num_keys - part * ROWS, 1)
+                zero_rows_from(channels.v.index(part), num_keys - part * ROWS, 1)
+            mbarrier.arrive(channels.kv_clean.index(0), count=1)
+            num_rows = work.sequence.seqlen_q - (work.tiles.end - 1) * ROWS
+            if num_rows < ROWS:
+                for step in range(work.num_tiles - 1, work.num_steps, work.num_tiles):
+                    zero_rows_from(receive(channels.q, step), num_rows, 1)
+                    zero_rows_from(receive(channels.d_out, step), num_rows, 1)
+                    mbarrier.arrive(channels.clean.index(0), count=1)
 
 
 @gluon.jit
 def add_d_q(call, channels, d_q_desc):
-    """Adds d_q to memory piece by piece: a consumer has half of a tile's columns if it has 64 queries, else of its rows."""
-    BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
+    """Adds d_q to memory piece by piece; a consumer has half of a tile's columns."""
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     COLS: gl.constexpr = channels.d_q.tiles.shape[2]
-    NUM_PIECES: gl.constexpr = BLOCK_Q * BLOCK_D // (NUM_CONSUMERS * ROWS * COLS)
-    work = find_work(call, BLOCK_Q, channels.k.shape[0] * ROWS)
+    NUM_PIECES: gl.constexpr = BLOCK_D // (NUM_CONSUMERS * COLS)
+    work = find_work(call, channels.k.shape[0] * ROWS)
     sequence = work.sequence
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
-        row = sequence.q_begin + tile_idx * BLOCK_Q
+        row = sequence.q_begin + tile_idx * ROWS
         for piece in gl.static_range(NUM_PIECES):
             for part in gl.static_range(NUM_CONSUMERS):
                 mbarrier.wait(channels.d_q.ready.index(part), (step * NUM_PIECES + piece) & 1)
-                tile = channels.d_q.tiles.index(part).reshape([1, 1, ROWS, COLS])
-                if BLOCK_Q == ROWS:
-                    col = (part * NUM_PIECES + piece) * COLS
-                    tma_add(d_q_desc, [sequence.buffer_idx, head_idx, row, col], tile)
-                else:
-                    tma_add(d_q_desc, [sequence.buffer_idx, head_idx, row + part * ROWS, 0], tile)
+                tile = channels.d_q.tiles.index(part)
+                if call.sequences.cu_seqlens_q is not None:  # the tile may reach into the next sequence
+                    zero_rows_from(tile, sequence.seqlen_q - tile_idx * ROWS, 1)
+                place = [sequence.buffer_idx, head_idx, row, (part * NUM_PIECES + piece) * COLS]
+                tma_add(d_q_desc, place, tile.reshape([1, 1, ROWS, COLS]))
             tma.store_wait(1)
             mbarrier.arrive(channels.d_q.empty.index(0), count=1)
             tma.store_wait(0)

@@ -29,15 +29,18 @@ from flashtile.backends.hopper.backward_parts import (
     Call,
     Channels,
     add_d_q,
+    clean,
     find_work,
     load,
     tile_and_head,
+    wait_for_keys,
+    wait_for_rows,
 )
 from flashtile.backends.hopper.primitives import scores
 from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release, slot_to_fill
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full
-from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
+from flashtile.backends.hopper.primitives.tiles import halves, store_rows
 
 
 class Exchange(NamedTuple):
@@ -66,7 +69,6 @@ def attention_backward_wide(
     seqlen_kv,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
@@ -79,6 +81,8 @@ def attention_backward_wide(
     channels = Channels(
         gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_D], k_layout),
         gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_DV], v_layout),
+        make_barriers(1, 1),
+        make_barriers(1, 1),
         make_barriers(1, 1),
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_CONSUMERS),
         make_channel(dtype, 1, ROWS, BLOCK_DV, NUM_CONSUMERS),
@@ -97,9 +101,10 @@ def attention_backward_wide(
             (keys, (call, channels, exchange, d_k_matrix, scale, HEAD_DIM)),
             (load, (call, channels, loads)),
             (add_d_q, (call, channels, d_q_desc)),
+            (clean, (call, channels)),
         ],
-        [4, 1, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        [4, 1, 1, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )
 
 
@@ -108,7 +113,7 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
-    work = find_work(call, ROWS, ROWS)
+    work = find_work(call, ROWS)
     sequence = work.sequence
     num_keys = sequence.seqlen_kv - work.kv_begin
     kv_pos = work.kv_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
@@ -117,25 +122,18 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
     d_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
     no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
     k = channels.k.index(0)
-    is_packed: gl.constexpr = call.sequences.cu_seqlens_kv is not None
     if work.num_steps > 0:
-        mbarrier.wait(channels.kv_ready.index(0), 0)
-        if is_packed:  # what lies behind a packed sequence may be NaN
-            zero_rows_from(k, num_keys)
+        wait_for_keys(call, channels)
 
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
         q_begin = tile_idx * ROWS
-        num_rows = sequence.seqlen_q - q_begin
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
-        if is_packed:
-            zero_rows_from(q, num_rows)
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
-        if is_packed:
-            zero_rows_from(d_out, num_rows)
+        wait_for_rows(call, channels, work, step, tile_idx)
         lse_log2 = channels.lse_log2.index(0).reshape([ROWS]).load(cols_of(S))
         s_t = warpgroup_mma_wait(0, deps=[s_token])
         release(channels.q, step)
@@ -151,7 +149,7 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
         d_q, d_v = warpgroup_mma_wait(0, deps=d_q)
         release(channels.d_out, step)
         release(exchange.d_s, step)
-        send_d_q(channels, d_q, step, 0, num_rows, is_packed)
+        send_d_q(channels, d_q, step, 0)
 
     row = sequence.kv_begin + work.kv_begin
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
@@ -162,30 +160,22 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
-    work = find_work(call, ROWS, ROWS)
+    work = find_work(call, ROWS)
     sequence = work.sequence
     num_keys = sequence.seqlen_kv - work.kv_begin
     d_k = gl.zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
     v = channels.v.index(0)
-    is_packed: gl.constexpr = call.sequences.cu_seqlens_kv is not None
     if work.num_steps > 0:
-        mbarrier.wait(channels.kv_ready.index(0), 0)
-        if is_packed:
-            zero_rows_from(v, num_keys)
-            zero_rows_from(channels.k.index(0), num_keys)
+        wait_for_keys(call, channels)
 
     for step in range(work.num_steps):
         tile_idx, _head_idx = tile_and_head(work, call, step)
-        num_rows = sequence.seqlen_q - tile_idx * ROWS
         d_out = receive(channels.d_out, step)
-        if is_packed:
-            zero_rows_from(d_out, num_rows)
+        wait_for_rows(call, channels, work, step, tile_idx)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
         delta = channels.delta.index(0).reshape([ROWS]).load(cols_of(S))
         q = receive(channels.q, step)
-        if is_packed:
-            zero_rows_from(q, num_rows)
         p_t = receive(exchange.p, step).load(S).to(gl.float32)
         release(exchange.p, step)
         d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
@@ -199,7 +189,7 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
         d_q = d_q_half(channels, exchange, step, 1, d_k_token)
         d_q, d_k = warpgroup_mma_wait(0, deps=d_q)
         release(channels.q, step)
-        send_d_q(channels, d_q, step, 1, num_rows, is_packed)
+        send_d_q(channels, d_q, step, 1)
 
     row = sequence.kv_begin + work.kv_begin
     store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM)
@@ -216,15 +206,12 @@ def d_q_half(channels, exchange, step, part: gl.constexpr, other_token):
 
 
 @gluon.jit
-def send_d_q(channels, d_q, step, part: gl.constexpr, num_rows, is_packed: gl.constexpr):
+def send_d_q(channels, d_q, step, part: gl.constexpr):
     """Hands a half of d_q to ``add_d_q`` in two pieces, through one consumer's slot."""
-    COLS: gl.constexpr = channels.d_q.tiles.shape[2]
-    left, right = d_q.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
+    left, right = halves(d_q)
     for piece in gl.static_range(2):
         mbarrier.wait(channels.d_q.empty.index(part), ((2 * step + piece) & 1) ^ 1)
         tile = channels.d_q.tiles.index(part)
         tile.store(right if piece else left)
-        if is_packed:  # the tile may reach into the next sequence
-            zero_rows_from(tile, num_rows)
         fence_async_shared()
         mbarrier.arrive(channels.d_q.ready.index(part), count=1)

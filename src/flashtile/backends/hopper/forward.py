@@ -46,7 +46,7 @@ from flashtile.backends.hopper.primitives.scheduling import (
     send_share,
     share,
 )
-from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
+from flashtile.backends.hopper.primitives.tiles import halves, store_rows, zero_rows_from
 from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
 
 ROWS = gl.constexpr(constants.ROWS)
@@ -64,9 +64,10 @@ class Call(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Where results go: through the descriptor, by way of the tile of Q in shared memory, or straight to the matrix."""
+    """Where results go: by way of ``tiles`` in shared memory through the descriptor, or straight to the matrix."""
 
     desc: Any
+    tiles: Any
     matrix: Any
     lse: Any
     sink_ptr: Any
@@ -79,6 +80,9 @@ class Block(NamedTuple):
     q_pos: Any
     kv_idx: Any
     q: Any
+    q_empty: Any
+    last_tile: Any
+    """The last that is visited: the first of the sequence, unless a window hides that."""
     k: Any
     v: Any
 
@@ -124,10 +128,15 @@ def attention_forward(
     q = make_channel(dtype, NUM_Q_SLOTS * NUM_CONSUMERS, ROWS, BLOCK_D, 1)
     k = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_D, NUM_CONSUMERS)
     v = make_channel(dtype, NUM_STAGES, BLOCK_KV, BLOCK_DV, NUM_CONSUMERS)
+    out_tiles = None
+    if out_desc is not None:
+        OUT_COLS: gl.constexpr = out_desc.block_shape[3]
+        out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, OUT_COLS], dtype)
+        out_tiles = gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, OUT_COLS], out_layout)
     fence_async_shared()
 
     call = Call(rules, sequences, heads, schedule, seqlen_q, seqlen_kv)
-    results = Results(out_desc, out_matrix, lse, sink_ptr)
+    results = Results(out_desc, out_tiles, out_matrix, lse, sink_ptr)
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -196,7 +205,6 @@ def softmax_and_pv(
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
     BLOCK_KV: gl.constexpr = k.tiles.shape[1]
     BLOCK_DV: gl.constexpr = v.tiles.shape[2]
-    NUM_Q_SLOTS: gl.constexpr = q.tiles.shape[0] // NUM_CONSUMERS
     dtype: gl.constexpr = q.tiles.dtype
     S: gl.constexpr = product_layout(BLOCK_KV)
     P: gl.constexpr = operand_layout(BLOCK_DV)
@@ -224,11 +232,14 @@ def softmax_and_pv(
         step += num_hidden
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, work.head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
-        block = Block(head, q_begin + q_idx, kv_idx, receive(q, turn * NUM_CONSUMERS + part), k, v)
+        q_step = turn * NUM_CONSUMERS + part
+        q_empty = q.empty.index(q_step % q.tiles.shape[0])
+        block = Block(head, q_begin + q_idx, kv_idx, receive(q, q_step), q_empty, visited.begin, k, v)
 
         s = warpgroup_mma(block.q, receive(k, step).permute((1, 0)), no_s, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         release(k, step)
+        release_q(block, last)
         s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, True)
         no_max = gl.full([ROWS], -INF, gl.float32, rows_of(S))
         p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
@@ -236,19 +247,13 @@ def softmax_and_pv(
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
         sums = Sums(max_log2, thread_sums(p, BLOCK_KV), acc, p_operand)
         if call.sequences.cu_seqlens_kv is not None:  # what lies behind a packed sequence may be NaN
-            zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV)
-
-        if results.desc is not None:  # the share before this one has left its tile of Q by now
-            tma.store_wait(0)
-            mbarrier.arrive(q.empty.index((turn + 1) % NUM_Q_SLOTS * NUM_CONSUMERS + part), count=1, pred=turn > 0)
+            zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV, 4)
 
         for tile_idx in range(last - 1, visited.begin - 1, -1):
             is_masked = not is_full(tiles, tile_idx)
             sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED, next_part)
 
         step += last - visited.begin  # the step of the last product P @ V
-        if results.desc is None:
-            release(q, turn * NUM_CONSUMERS + part)
         acc_token = warpgroup_mma(sums.p_operand, receive(v, step), sums.acc, is_async=True)
         row_sum = gl.convert_layout(gl.sum(sums.row_sums, 1), rows_of(S))
         factor, lse = finish(sums.max_log2, row_sum, results.sink_ptr, work.head_idx)
@@ -259,12 +264,7 @@ def softmax_and_pv(
         release(v, step)
         out = rescaled(acc, factor).to(dtype)
         if results.desc is not None:
-            barrier()  # all threads are done with Q
-            block.q.store(out)
-            fence_async_shared()
-            barrier()
-            place = [sequence.buffer_idx, work.head_idx, q_begin, 0]
-            tma_store(results.desc, place, block.q.reshape([1, 1, ROWS, BLOCK_DV]))
+            store_out(results, part, out, sequence.buffer_idx, work.head_idx, q_begin)
         else:
             first, num_rows = sequence.q_begin + q_begin, sequence.seqlen_q - q_begin
             store_rows(results.matrix, out, sequence.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
@@ -290,6 +290,7 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
         pass_turn(next_part)
     s = warpgroup_mma_wait(1, deps=[s_token])
     release(block.k, step)
+    release_q(block, tile_idx)
     s, _capped = scores.scored(s, block.head, block.q_pos, tile_idx * BLOCK_KV + block.kv_idx, is_masked)
     p, max_log2, rescale = softmax_step(s, sums.max_log2, scores.unit_log2(block.head.rules))
     new_sums = thread_sums(p, BLOCK_KV)
@@ -301,6 +302,28 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
     acc = rescaled(acc, rescale)
     p_operand = gl.convert_layout(p.to(dtype), sums.p_operand.type.layout)  # rounded for the product with V
     return Sums(max_log2, row_sums, acc, p_operand)
+
+
+@gluon.jit
+def release_q(block, tile_idx):
+    """Gives the tile of Q back as soon as the scores of the last tile of keys are there."""
+    if tile_idx == block.last_tile:
+        mbarrier.arrive(block.q_empty, count=1)
+
+
+@gluon.jit
+def store_out(results, part: gl.constexpr, out, buffer_idx, head_idx, row):
+    """Stores a tile of the output by TMA, in pieces as wide as the descriptor's."""
+    COLS: gl.constexpr = results.desc.block_shape[3]
+    tile = results.tiles.index(part)
+    pieces = (out,) if out.shape[1] == COLS else halves(out)
+    for i in gl.static_range(len(pieces)):
+        tma.store_wait(0)
+        barrier()
+        tile.store(pieces[i])
+        fence_async_shared()
+        barrier()
+        tma_store(results.desc, [buffer_idx, head_idx, row, i * COLS], tile.reshape([1, 1, ROWS, COLS]))
 
 
 @gluon.jit

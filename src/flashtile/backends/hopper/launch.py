@@ -14,6 +14,7 @@ from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved, TileConf
 from flashtile.backends.hopper import arguments
 from flashtile.backends.hopper.arguments import Heads, Sequences, tma_ready
 from flashtile.backends.hopper.backward import attention_backward
+from flashtile.backends.hopper.backward_narrow import attention_backward_narrow
 from flashtile.backends.hopper.backward_wide import attention_backward_wide
 from flashtile.backends.hopper.constants import LOG2_E, ROWS, STATISTICS_ROWS
 from flashtile.backends.hopper.forward import attention_forward
@@ -21,10 +22,11 @@ from flashtile.backends.hopper.launcher import Launcher
 from flashtile.backends.hopper.plan import (
     BackwardTiles,
     ForwardTiles,
+    backward_widths,
     heads_per_group,
     num_q_slots,
     num_q_tiles,
-    stores_by_descriptor,
+    out_columns,
     widths,
 )
 from flashtile.backends.hopper.primitives.scheduling import Schedule
@@ -39,6 +41,7 @@ _BACKWARD_WIDE = Launcher(attention_backward_wide)
 _ROW_STATISTICS = Launcher(attention_row_statistics)
 _SCALE_D_Q = Launcher(attention_scale_d_q)
 
+_BACKWARD_NARROW = Launcher(attention_backward_narrow)
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers of a consumer's threads and of the loader's; in all 64 Ki for an SM."""
 
@@ -52,7 +55,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
-    width, width_v = widths(problem)
+    (width, width_v), columns = widths(problem), out_columns(problem)
     consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
     with _device_of(q):
         _FORWARD(
@@ -62,7 +65,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
                 arguments.descriptor(q, ROWS, width),
                 arguments.descriptor(k, tiles.block_kv, width),
                 arguments.descriptor(v, tiles.block_kv, width_v),
-                arguments.descriptor(out, ROWS, width_v) if stores_by_descriptor(problem) else None,
+                arguments.descriptor(out, ROWS, columns) if columns else None,
                 arguments.matrix(out),
                 arguments.row_numbers(lse),
                 operands.sinks,
@@ -94,24 +97,24 @@ def backward(
     wanted = problem.gradients
     d_out = saved.out.new_zeros(saved.out.shape) if d_out is None else d_out
     q, k, v, d_out = (tma_ready(tensor) for tensor in (operands.q, operands.k, operands.v, d_out))
-    width, width_v = widths(problem)
+    width, width_v = backward_widths(problem)
     with _device_of(q):
         lse_log2, delta = _row_statistics(problem, operands, saved, d_out, d_lse)
         d_q_sum = _float32_zeros(q)
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
         d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
-        kernel = _BACKWARD_WIDE if width > 128 or width_v > 128 else _BACKWARD
+        kernel, registers, num_pieces = _backward_kernel(problem)
         kernel(
             _form(problem, tiles, (q, k, v, d_out), operands),
             plan.backward.grid,
             (
-                arguments.descriptor(q, tiles.block_q, width),
+                arguments.descriptor(q, ROWS, width),
                 arguments.descriptor(k, ROWS, width),
                 arguments.descriptor(v, ROWS, width_v),
-                arguments.descriptor(d_out, tiles.block_q, width_v),
-                arguments.numbers_descriptor(lse_log2, tiles.block_q),
-                arguments.numbers_descriptor(delta, tiles.block_q),
-                arguments.descriptor(d_q_sum, ROWS, tiles.d_q_columns(width)),
+                arguments.descriptor(d_out, ROWS, width_v),
+                arguments.numbers_descriptor(lse_log2, ROWS),
+                arguments.numbers_descriptor(delta, ROWS),
+                arguments.descriptor(d_q_sum, ROWS, width // num_pieces),
                 arguments.matrix(d_k),
                 arguments.matrix(d_v),
                 problem.scale,
@@ -123,15 +126,22 @@ def backward(
             ),
             HEAD_DIM=problem.head_dim,
             HEAD_DIM_V=problem.head_dim_v,
-            BLOCK_Q=tiles.block_q,
             NUM_STAGES=tiles.num_stages,
-            CONSUMER_REGISTERS=240,
-            LOADER_REGISTERS=24,
+            **registers,
         )
         d_q = _scaled(d_q_sum, problem)
         d_sinks = None if operands.sinks is None else _sink_gradient(operands.sinks, lse_log2, delta)
     found = {"q": d_q, "k": d_k, "v": d_v, "sinks": d_sinks}
     return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
+
+
+def _backward_kernel(problem: AttentionProblem) -> tuple[Launcher, dict[str, int], int]:
+    """The kernel for the width of the heads, the registers of its partitions' threads, and the pieces of a tile of d_q."""
+    width = max(widths(problem))
+    if width <= 64 and not problem.softcap:  # tanh needs the registers that K and V would take
+        return _BACKWARD_NARROW, {"CONSUMER_REGISTERS": 200, "D_Q_REGISTERS": 88, "LOADER_REGISTERS": 24}, 1
+    registers = {"CONSUMER_REGISTERS": 240, "LOADER_REGISTERS": 24}
+    return (_BACKWARD, registers, 2) if width <= 128 else (_BACKWARD_WIDE, registers, 4)
 
 
 def _row_statistics(

@@ -44,10 +44,6 @@ class BackwardTiles(TileConfig):
     num_stages: int
     """Slots for tiles of Q, and of d_out."""
 
-    def d_q_columns(self, width: int) -> int:
-        """The columns of d_q that one consumer hands on at a time."""
-        return width if self.block_q > ROWS else min(width // 2, 64)
-
 
 _FORWARD: dict[tuple[int, bool], ForwardTiles] = {
     (64, False): ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_ordered=False),
@@ -60,7 +56,7 @@ _FORWARD: dict[tuple[int, bool], ForwardTiles] = {
 """(width of the wider head, is causal) -> tiles."""
 
 _BACKWARD: dict[tuple[int, bool], BackwardTiles] = {
-    (64, False): BackwardTiles(block_q=128, block_kv=128, num_stages=2),
+    (64, False): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
     (64, True): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
     (128, False): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
     (128, True): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
@@ -122,6 +118,12 @@ def widths(problem: AttentionProblem) -> tuple[int, int]:
     return width, width_v
 
 
+def backward_widths(problem: AttentionProblem) -> tuple[int, int]:
+    """Those of the backward, whose kernel for wide heads cuts d_q into four pieces of at least 128 bytes."""
+    width, width_v = widths(problem)
+    return (max(width, 128) if width_v > 128 else width), width_v
+
+
 def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
     tiles = _FORWARD[max(widths(problem)), problem.mask.right is not None]
     num_shares = num_q_tiles(problem, tiles) * problem.heads_q * problem.batch
@@ -165,12 +167,14 @@ def num_q_slots(problem: AttentionProblem) -> int:
     return 2 if widths(problem)[0] <= 128 else 1
 
 
-def stores_by_descriptor(problem: AttentionProblem) -> bool:
-    """Whether the output goes through the shared memory of Q's tile and TMA: dense, and as wide as Q."""
-    width, width_v = widths(problem)
-    return problem.layout == "dense" and width == width_v and num_q_slots(problem) > 1 and problem.head_dim_v % 8 == 0
+def out_columns(problem: AttentionProblem) -> int:
+    """The columns of the output that go through shared memory at a time; 0 if it is stored without, as packed ones are."""
+    if problem.layout == "varlen" or problem.head_dim_v % 8:
+        return 0
+    return min(widths(problem)[1], 128)
 
 
 def forward_shared_memory_bytes(problem: AttentionProblem, tiles: ForwardTiles) -> int:
     (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
-    return (num_q_slots(problem) * tiles.block_q * width + tiles.num_stages * tiles.block_kv * (width + width_v)) * itemsize
+    columns_q = num_q_slots(problem) * width + out_columns(problem)
+    return (tiles.block_q * columns_q + tiles.num_stages * tiles.block_kv * (width + width_v)) * itemsize

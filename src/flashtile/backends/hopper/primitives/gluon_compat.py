@@ -9,6 +9,12 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """All threads of the partition wait for each other."""
 
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+    reinterpreted = gl.shared_memory_descriptor.reinterpret
+    """The same bytes of shared memory with another dtype, shape and layout."""
+else:
+    reinterpreted = gl.shared_memory_descriptor._reinterpret
+
 if hasattr(tma, "async_load"):
     tma_load, tma_store = tma.async_load, tma.async_store
 else:

@@ -6,27 +6,33 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashtile.backends.hopper.primitives.gluon_compat import barrier
+from flashtile.backends.hopper.primitives.gluon_compat import barrier, reinterpreted
 from flashtile.backends.hopper.primitives.layouts import cols_of, rows_of
-
-SLICE = gl.constexpr(16)
 
 
 @gluon.jit
-def zero_rows_from(tile, num_rows):
-    """Sets the rows of a tile in shared memory to 0 from ``num_rows`` on: 0 times NaN would be NaN."""
+def zero_rows_from(tile, num_rows, NUM_WARPS: gl.constexpr):
+    """Sets the rows of a tile in shared memory to 0 from ``num_rows`` on: 0 times NaN would be NaN.
+
+    A row is 128 bytes in each block of columns; swizzling moves them within the row.
+    """
     NUM_ROWS: gl.constexpr = tile.shape[0]
-    NUM_COLS: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    NUM_BLOCKS: gl.constexpr = tile.shape[1] * tile.dtype.primitive_bitwidth // 1024
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     if num_rows < NUM_ROWS:
-        for begin in gl.static_range(0, NUM_ROWS, SLICE):
-            if num_rows < begin + SLICE:
-                rows = tile.slice(begin, SLICE, dim=0)
-                exists = begin + gl.arange(0, SLICE, rows_of(layout)) < num_rows
-                kept = gl.where(gl.expand_dims(exists, 1), rows.load(layout), 0.0)
-                rows.store(kept.to(tile.dtype))
+        rows = reinterpreted(tile, gl.int32, [NUM_BLOCKS * NUM_ROWS, 32], layout)
+        zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+        for row in range(gl.maximum(num_rows, 0), NUM_ROWS):
+            for block in gl.static_range(NUM_BLOCKS):
+                rows.index(block * NUM_ROWS + row).store(zeros)
         fence_async_shared()
         barrier()
+
+
+@gluon.jit
+def halves(tile):
+    """The left and the right half of a tile in registers."""
+    return tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from absent_gpu import cuobjdump, needs, pretend
@@ -101,7 +101,8 @@ def validated(spec: CallSpec) -> tuple[Any, Any]:
     call = spec.build()
     for tensor in call.differentiable.values():
         tensor.requires_grad_()
-    options = {"bias": None, "mask": None, "alibi_slopes": None, "sinks": None, "dropout_seed": None} | call.options
+    absent = dict.fromkeys(("bias", "mask", "alibi_slopes", "sinks", "dropout_seed"))
+    options: dict[str, Any] = absent | call.options
     return validation.check_call(
         call.q, call.k, call.v, **options, deterministic=False, wants_lse=True, is_packed=spec.is_packed
     )
@@ -131,7 +132,7 @@ def compile_instead_of_launching(compiled: list[Compiled]) -> None:
 
         return run
 
-    JITFunction.__getitem__ = compile_only
+    cast(Any, JITFunction).__getitem__ = compile_only
 
 
 def launch_all(spec: CallSpec) -> Plan:

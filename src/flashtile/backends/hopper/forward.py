@@ -3,12 +3,12 @@
 | partition | does |
 |---|---|
 | ``load`` | one warp: Q tiles of a share, then its K and V tiles, the last first, as slots become free |
-| ``softmax_and_pv`` | four warps each: 64 rows of the block's queries; the product S of one tile runs beside P @ V of the tile before |
+| ``softmax_and_pv`` | four warps each: 64 of the block's queries; S of one tile beside P @ V of the tile before |
 
 | name | what |
 |---|---|
 | q, k, v | channels of tiles [64, BLOCK_D], [BLOCK_KV, BLOCK_D], [BLOCK_KV, BLOCK_DV] in shared memory |
-| s, p | scores and unnormalised probabilities [64, BLOCK_KV] in registers, float32; ``p_operand`` in the inputs' dtype |
+| s, p | scores, unnormalised probabilities [64, BLOCK_KV] in registers, float32; ``p_operand`` in the inputs' dtype |
 | max_log2, row_sums | softmax statistics: the maximum [64], and each thread's part of the sum [64, 4], float32 |
 | acc | the output before normalisation [64, BLOCK_DV] in registers, float32 |
 
@@ -286,7 +286,7 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
 
 @gluon.jit
 def visited_tiles(window, sequence, block_begin, q_begin, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr):
-    """The kv tiles that a block of queries visits, at least one; full are those that 64 rows from ``q_begin`` see whole."""
+    """The kv tiles that a block of queries visits, at least one; full are what 64 rows from ``q_begin`` see whole."""
     seqlen_q, seqlen_kv = sequence.seqlen_q, sequence.seqlen_kv
     block_end = gl.minimum(block_begin + BLOCK_Q, seqlen_q)
     block = kv_tiles(window, seqlen_q, seqlen_kv, block_begin, block_end, BLOCK_KV)

@@ -286,7 +286,7 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
 
 @gluon.jit
 def visited_tiles(window, sequence, block_begin, q_begin, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr):
-    """The kv tiles that a block of queries visits, at least one; full are what 64 rows from ``q_begin`` see whole."""
+    """The kv tiles that a block of queries visits, at least one; full are those that 64 rows from ``q_begin`` see whole."""
     seqlen_q, seqlen_kv = sequence.seqlen_q, sequence.seqlen_kv
     block_end = gl.minimum(block_begin + BLOCK_Q, seqlen_q)
     block = kv_tiles(window, seqlen_q, seqlen_kv, block_begin, block_end, BLOCK_KV)

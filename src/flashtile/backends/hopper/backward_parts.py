@@ -116,7 +116,7 @@ def load(call, channels, loads):
 
 @gluon.jit
 def add_d_q(call, channels, d_q_desc):
-    """Adds d_q to memory piece by piece: a consumer has half the columns of a tile of 64 queries, else half the rows."""
+    """Adds d_q to memory in pieces: a consumer has half the columns of a tile of 64 queries, else half the rows."""
     BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     COLS: gl.constexpr = channels.d_q.tiles.shape[2]

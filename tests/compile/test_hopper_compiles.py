@@ -23,12 +23,11 @@ PRODUCTS = {
     "attention_forward": (2, 2),
     "attention_backward": (3, 2),
     "attention_backward_wide": (3, 2),
-    "attention_row_statistics": (0, 0),
 }
 """How often a program holds a product of two tiles that is as deep, or as wide, as a head of K; and as one of V.
 
 Forward: Q @ K.T before the loop and in it; P @ V in it and behind it. Backward: Q @ K.T, dS @ K, dS.T @ Q; d_out @ V.T,
-P.T @ d_out.
+P.T @ d_out. What is not here multiplies no tiles.
 """
 COLUMNS = {
     "variant": 24,
@@ -52,7 +51,7 @@ def compile_all(
     print(table)
     for row in found:
         assert not row["warnings"], f"ptxas serialises the asynchronous products of {row}"
-        of_k, of_v = PRODUCTS[row["kernel"]]
+        of_k, of_v = PRODUCTS.get(row["kernel"], (0, 0))
         columns = of_k * row["width"] + of_v * row["width_v"]
         assert row["multiplications"] == row["block_q"] * row["block_kv"] * columns, f"other products in {row}"
     check_memory(found, table, most_shared=devices.by_name("h200").shared_memory_bytes, most_spilled=most_spilled)
@@ -61,7 +60,7 @@ def compile_all(
 
 def test_every_row_of_the_tables(tmp_path: Path) -> None:
     found = compile_all("tables", tmp_path)
-    assert {"attention_forward", "attention_backward", "attention_backward_wide"} <= {row["kernel"] for row in found}
+    assert PRODUCTS.keys() <= {row["kernel"] for row in found}
     for row in found:
         if row["kernel"] == "attention_forward":
             assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"

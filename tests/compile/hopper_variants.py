@@ -26,6 +26,8 @@ from triton.runtime.jit import JITFunction
 from flashtile.backends.base import Plan, Saved
 from flashtile.backends.hopper import launch, plan
 from flashtile.spec import devices, validation
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
 from flashtile.testing import CallSpec
 
 H200 = devices.by_name("h200")
@@ -96,8 +98,8 @@ SETS: dict[str, Callable[[], dict[str, CallSpec]]] = {
 }
 
 
-def validated(spec: CallSpec) -> tuple[Any, Any]:
-    """(problem, operands) of the call, on leaves of autograd."""
+def validated(spec: CallSpec) -> tuple[AttentionProblem, Operands]:
+    """The call, with every gradient wanted."""
     call = spec.build()
     for tensor in call.differentiable.values():
         tensor.requires_grad_()

@@ -196,7 +196,7 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
 
 @gluon.jit
 def d_q_product(d_s, k, pair, part: gl.constexpr, no_d_q):
-    """dS @ K over both consumers' keys: half of the columns each if the tile has 64 queries, else of the rows."""
+    """dS @ K over both consumers' keys: one consumer has half of the columns if the tile has 64 queries, else of rows."""
     BLOCK_Q: gl.constexpr = d_s.shape[2]
     Q_COLS: gl.constexpr = no_d_q.shape[1]
     token = no_d_q

@@ -1,4 +1,4 @@
-"""What the backward kernels have in common: a program's share, the warp that loads and the one that adds up d_q."""
+"""What the backward kernels have in common: the share of a program, the warp that loads and the one that adds up d_q."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def load(call, channels, loads):
 
 @gluon.jit
 def add_d_q(call, channels, d_q_desc):
-    """Adds d_q to memory in pieces: a consumer has half the columns of a tile of 64 queries, else half the rows."""
+    """Adds d_q to memory piece by piece: a consumer has half of a tile's columns if it has 64 queries, else of its rows."""
     BLOCK_Q: gl.constexpr = channels.q.tiles.shape[1]
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     COLS: gl.constexpr = channels.d_q.tiles.shape[2]

@@ -16,6 +16,7 @@ SLICE = gl.constexpr(16)
 def zero_rows_from(tile, num_rows):
     """Sets the rows of a tile in shared memory to 0 from ``num_rows`` on: 0 times NaN would be NaN."""
     NUM_ROWS: gl.constexpr = tile.shape[0]
+    NUM_COLS: gl.constexpr = tile.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     if num_rows < NUM_ROWS:
         for begin in gl.static_range(0, NUM_ROWS, SLICE):

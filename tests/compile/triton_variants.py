@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from absent_gpu import DEVICES, needs, pretend
 
 from flashtile.backends.base import KernelPlan, Saved
 from flashtile.backends.triton import launch, plan, tiles
@@ -29,33 +23,7 @@ from flashtile.spec import devices, validation
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-DEVICES = {"sm_80": "a100", "sm_86": "l40s", "sm_90": "h200", "gfx942": "mi300x"}
 BATCH, SEQLEN, HEADS_Q, HEADS_KV = 2, 256, 4, 2
-
-
-class TargetOnly:
-    """A Triton driver that can say which GPU to compile for, and nothing else."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:  # noqa: ARG002  (the interface that Triton calls)
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def options(column: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -144,26 +112,6 @@ def launched(family: str, problem: AttentionProblem, operands: Operands) -> dict
     return kernels
 
 
-def needs(kernel: Any) -> dict[str, int]:
-    """Registers, bytes spilled and bytes of shared memory, as the compiler's output states them."""
-    found = {"shared": kernel.metadata.shared}
-    if "cubin" not in kernel.asm:
-        assembly = kernel.asm["amdgcn"]
-        # Scalar registers spill into lanes of vector registers, not into memory.
-        spilled = [int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)]
-        registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
-        assert registers is not None and spilled
-        return found | {"registers": int(registers[1]), "spills": 4 * max(spilled)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert match is not None, usage
-    return found | {"registers": int(match[1]), "spills": int(match[2])}
-
-
 def mixes(family: str) -> Iterator[dict[str, Any]]:
     """The forward with every subset of the options: each is a tuple of its own among the arguments, or ``None``."""
     dtype, width = torch.bfloat16, 64
@@ -214,6 +162,6 @@ def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dic
 
 if __name__ == "__main__":
     table, name, chosen = sys.argv[1:]
-    driver.set_active(cast(Any, TargetOnly(TARGETS[table])))
+    pretend(table)
     for variant in variants(table, name, tuple(int(column) for column in chosen.split(","))):
         print(json.dumps(variant), flush=True)

@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import currently_in_test_context, reject
 from torch import Tensor
 
 import flashtile
-from flashtile import dispatch
+from flashtile import UnsupportedProblem, dispatch
 from flashtile.backends.base import Launcher, Plan, Saved, TileConfig
 from flashtile.backends.triton import plan as triton_plan
 from flashtile.backends.triton.tiles import KERNELS, GpuTiles
@@ -78,6 +79,60 @@ class Backend:
         inputs = leaves.differentiable
         gradients = torch.autograd.grad(results, list(inputs.values()), upstream)
         return Results(out=out.detach(), lse=lse.detach(), gradients=dict(zip(inputs, gradients, strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialBackend(Backend):
+    """A backend that leaves calls to others: a test of a call that it declines is skipped, for the reasons it gives."""
+
+    def forward(self, call: Call) -> Tensor:
+        with skipped_if_declined():
+            return Backend.forward(self, call)
+
+    def forward_with_lse(self, call: Call) -> tuple[Tensor, Tensor]:
+        with skipped_if_declined():
+            return Backend.forward_with_lse(self, call)
+
+    def reasons(self, spec: CallSpec, device: DeviceSpec | None = None) -> tuple[str, ...]:
+        """Why it declines the call with all gradients, on the device under test or another; empty if it does not."""
+        call = with_leaves(spec.build("meta"))
+        problem, _ = validation.check_call(
+            call.q, call.k, call.v, **(NO_OPTIONS | call.options), wants_lse=True, is_packed=call.is_packed
+        )
+        return dispatch.BACKENDS[self.name].rejects(problem, device or devices.detect(torch.device(self.device)))
+
+
+FEWER_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"bias_axes": None},
+    {"mask_axes": None},
+    {"dropout_p": 0.0},
+    {"scale": None},
+    {"softcap": 0.0},
+    {"dtype": torch.float16},
+)
+
+
+def nearest(runner: Runner, spec: CallSpec, device: DeviceSpec | None = None) -> CallSpec:
+    """The call, for a partial backend without those options that it declines; for calls that were drawn at random."""
+    if not isinstance(runner, PartialBackend):
+        return spec
+    reasons = runner.reasons(spec, device)
+    for change in FEWER_OPTIONS:
+        simpler = replace(spec, **change)
+        if len(remaining := runner.reasons(simpler, device)) < len(reasons):
+            spec, reasons = simpler, remaining
+    return spec
+
+
+@contextmanager
+def skipped_if_declined() -> Iterator[None]:
+    """Skips the test, or the example that hypothesis has drawn, if a backend declines the call."""
+    try:
+        yield
+    except UnsupportedProblem as declined:
+        if currently_in_test_context():
+            reject()
+        pytest.skip(str(declined))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +214,7 @@ TILED = Kernel(backend="cpu", kernel="tiled", tiles=SMALL_TILES)
 TILED_16BIT = Kernel(backend="cpu", kernel="tiled_16bit", tiles=SMALL_TILES)
 FUSED = Kernel(backend="cpu", kernel="torch_fused", tiles=SMALL_TILES)
 TRITON = Backend(name="triton", device="cuda", declines=(torch.float64,))
+HOPPER = PartialBackend(name="hopper", device="cuda", declines=(torch.float64, torch.float32))
 TRITON_SMALL = TritonKernels(
     backend="triton",
     kernel="",
@@ -168,10 +224,14 @@ TRITON_SMALL = TritonKernels(
     declines=(torch.float64,) if HAS_GPU else (torch.float64, torch.bfloat16),
 )
 
+_other_gpu = HOPPER.reasons(CallSpec(lengths_q=(1,), lengths_kv=(1,), dtype=torch.float16)) if HAS_GPU else ()
+HOPPER_MARKS = [pytest.mark.gpu, pytest.mark.skipif(bool(_other_gpu), reason=f"hopper: {'; '.join(_other_gpu)}")]
+
 BACKENDS = [
     pytest.param(CPU, id="cpu"),
     pytest.param(NAIVE, id="naive"),
     pytest.param(TRITON, id="triton", marks=pytest.mark.gpu),
+    pytest.param(HOPPER, id="hopper", marks=HOPPER_MARKS),
 ]
 """Every backend, through the public functions. A GPU backend's entry has ``marks=pytest.mark.gpu``."""
 
@@ -180,7 +240,7 @@ RUNNERS = [
     pytest.param(TILED, id="cpu-tiled-8x16"),
     pytest.param(TRITON_SMALL, id="triton-16x32", marks=pytest.mark.gpu),
 ]
-"""What takes every problem. The small tiles let short sequences cross many of them."""
+"""What takes every problem, or skips it. The small tiles let short sequences cross many of them."""
 
 
 def finest_dtype(runner: Runner) -> torch.dtype:
@@ -210,7 +270,8 @@ def check(
 ) -> Results:
     """Runs the call that ``spec`` describes on poisoned memory, asserts the numerics contract, returns the results."""
     if spec.dtype in runner.declines:
-        spec = replace(spec, dtype=torch.float32 if spec.dtype == torch.float64 else torch.float16)
+        is_float32_next = spec.dtype == torch.float64 and torch.float32 not in runner.declines
+        spec = replace(spec, dtype=torch.float32 if is_float32_next else torch.float16)
     call = spec.build()
     d_out, d_lse = spec.build_upstream()
     d_out, d_lse = d_out if has_d_out else None, d_lse if has_d_lse else None

@@ -42,7 +42,7 @@ def test_this_machine_is_healthy() -> None:
     probed = [(probe.backend, probe.options) for probe in on_cpu(diagnosis)]
     assert probed == [(backend, options) for backend in dispatch.BACKENDS for options in ("causal", "every option")]
     status = {probe.backend: probe.status for probe in on_cpu(diagnosis)}
-    assert status == {"cpu": "ok", "triton": "declines", "naive": "ok"}
+    assert status == {"cpu": "ok", "hopper": "declines", "triton": "declines", "naive": "ok"}
     versions = dict(diagnosis.versions)
     assert versions["torch"].startswith(torch.__version__)
     assert versions["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
@@ -187,7 +187,7 @@ def test_settings_that_are_fine_are_listed(monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "value", "complaint"),
     [
         ("FLASHTILE_STRICT", "yes", "wanted 0 or 1"),
-        ("FLASHTILE_BACKEND", "cuda", "wanted 'auto' or 'cpu' or 'triton' or 'naive'"),
+        ("FLASHTILE_BACKEND", "cuda", "wanted 'auto' or 'cpu' or 'hopper' or 'triton' or 'naive'"),
         ("FLASHTILE_STRICTT", "1", "no such setting; there are FLASHTILE_BACKEND"),
     ],
 )

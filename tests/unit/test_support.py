@@ -66,7 +66,7 @@ def test_each_cell_is_what_dispatch_would_choose() -> None:
 
 def test_a_backends_answers_reach_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "BACKENDS", {"fussy": Fussy("fussy"), **dispatch.BACKENDS})
-    matrix = flashtile.support_matrix(["h200", "mi300x"])
+    matrix = flashtile.support_matrix(["a100", "mi300x"])
     shown = {row.feature: tuple(map(str, row.cells)) for row in matrix.rows}
     assert shown["causal"] == ("fussy/fussy_kernel", "triton/forward")
     assert shown["softcap"] == ("triton/forward", "triton/forward")
@@ -77,12 +77,20 @@ def test_a_backends_answers_reach_the_table(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_gpus_run_triton_kernels_but_for_float64() -> None:
-    matrix = flashtile.support_matrix(["h200", "mi300x"])
+    matrix = flashtile.support_matrix(["a100", "mi300x"])
     others = {row.feature for row in matrix.rows if {cell.backend for cell in row.cells} != {"triton"}}
     assert others == {"float64"}
     (float64,) = [row.cells for row in matrix.rows if row.feature == "float64"]
     assert [str(cell) for cell in float64] == ["naive/formula", "naive/formula"]
     assert all("not float64" in reason for cell in float64 for reason in dict(cell.rejects)["triton"])
+
+
+def test_hopper_kernels_leave_the_rest_to_triton() -> None:
+    matrix = flashtile.support_matrix(["h200"])
+    left = {row.feature: row.cells[0] for row in matrix.rows if row.cells[0].backend != "hopper"}
+    assert {"float32", "float64", "bias", "boolean mask", "dropout"} <= left.keys()
+    assert all(dict(cell.rejects)["hopper"] for cell in left.values())
+    assert {cell.backend for feature, cell in left.items() if feature != "float64"} == {"triton"}
 
 
 def test_what_nothing_takes_is_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,196 @@
+"""Compiles the Hopper kernels for a GPU that is not there, and tells what they need and what ptxas made of them.
+
+    python hopper_variants.py SET...     prints one JSON object per kernel of each variant in the sets
+
+It goes through the launcher, with a driver that only knows the target: what is compiled is what would be launched.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from absent_gpu import cuobjdump, needs, pretend
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from flashtile.backends.base import Plan, Saved
+from flashtile.backends.hopper import launch, plan
+from flashtile.spec import devices, validation
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
+from flashtile.testing import CallSpec
+
+H200 = devices.by_name("h200")
+PLAIN = CallSpec(
+    lengths_q=(256, 256), lengths_kv=(256, 256), heads_kv=4, head_dim=128, head_dim_v=128, dtype=torch.bfloat16
+)
+EVERYTHING: dict[str, Any] = {
+    "window": (100, 0),
+    "softcap": 30.0,
+    "alibi": "per sequence",
+    "has_sinks": True,
+    "heads_per_kv": 2,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window": (100, 20)},
+    "softcap": {"softcap": 30.0},
+    "ALiBi": {"alibi": "per head", "causal": True},
+    "sinks, grouped heads": {"has_sinks": True, "heads_per_kv": 2},
+    "float16": {"dtype": torch.float16},
+    "head_dim 192 with 128": {"head_dim": 192, "causal": True},
+    "head_dim 40 with 100": {"head_dim": 40, "head_dim_v": 100},
+}
+"""Each compiled dense, with heads of 128 where it does not say otherwise."""
+
+
+def tables() -> dict[str, CallSpec]:
+    """A plain call for each row of the two tile tables."""
+    rows = sorted(plan._FORWARD.keys() | plan._BACKWARD.keys())
+    return {
+        f"{width}, {'causal' if is_causal else 'full'}": replace(
+            PLAIN, head_dim=width, head_dim_v=width, causal=is_causal
+        )
+        for width, is_causal in rows
+    }
+
+
+def packed(**options: Any) -> dict[str, CallSpec]:
+    """Packed sequences at each width, with the options as far as the backend takes them."""
+    found: dict[str, CallSpec] = {}
+    for width in sorted({width for width, _ in plan._FORWARD}):
+        spec = replace(PLAIN, head_dim=width, head_dim_v=width, lengths_q=(100, 156), is_packed=True, **options)
+        if plan.rejects(validated(spec)[0], H200):
+            spec = replace(spec, softcap=0.0)
+        found[f"{width}, packed"] = spec
+    return found
+
+
+def lengths() -> dict[str, CallSpec]:
+    """Calls that differ in sequence lengths and in how many there are; not of one query, to which causal is full."""
+    dense = ((2, 1), (63, 1), (64, 3), (1000, 2), (2048, 16))
+    spec = replace(PLAIN, causal=True)
+    found = {
+        f"{batch} of {length}": replace(spec, lengths_q=(length,) * batch, lengths_kv=(length,) * batch)
+        for length, batch in dense
+    }
+    spec = replace(spec, is_packed=True)
+    for each in ((2,), (64, 0), (100, 17, 64), (1024,) * 3):
+        found[f"packed {each}"] = replace(spec, lengths_q=each, lengths_kv=each)
+    return found
+
+
+SETS: dict[str, Callable[[], dict[str, CallSpec]]] = {
+    "tables": tables,
+    "options": lambda: {name: replace(PLAIN, **options) for name, options in OPTIONS.items()},
+    "packed": packed,
+    "mixes": partial(packed, **EVERYTHING),
+    "lengths": lengths,
+}
+
+
+def validated(spec: CallSpec) -> tuple[AttentionProblem, Operands]:
+    """The call, with every gradient wanted."""
+    call = spec.build()
+    for tensor in call.differentiable.values():
+        tensor.requires_grad_()
+    absent = dict.fromkeys(("bias", "mask", "alibi_slopes", "sinks", "dropout_seed"))
+    options: dict[str, Any] = absent | call.options
+    return validation.check_call(
+        call.q, call.k, call.v, **options, deterministic=False, wants_lse=True, is_packed=spec.is_packed
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    name: str
+    kernel: Any
+    log: str
+    """What ptxas said."""
+    seconds: float
+
+
+def compile_instead_of_launching(compiled: list[Compiled]) -> None:
+    """From here on ``kernel[grid](...)`` compiles what would be launched, and adds it to the list if it is new."""
+
+    def compile_only(function: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **constants: Any) -> None:
+            begin = time.perf_counter()
+            with redirect_stdout(io.StringIO()) as log:
+                kernel = function.warmup(*args, grid=grid, **constants)
+            seconds = round(time.perf_counter() - begin, 1)
+            if log.getvalue():  # else this process has compiled the same before
+                name = function.fn.__name__
+                compiled.append(Compiled(name=name, kernel=kernel, log=log.getvalue(), seconds=seconds))
+
+        return run
+
+    cast(Any, JITFunction).__getitem__ = compile_only
+
+
+def launch_all(spec: CallSpec) -> Plan:
+    """Launches forward and backward, and returns their plan."""
+    problem, operands = validated(spec)
+    assert not plan.rejects(problem, H200), plan.rejects(problem, H200)
+    made = plan.plan(problem, H200)
+    with torch.no_grad():
+        out, lse = launch.forward(problem, operands, made)
+        saved = Saved(out=out, lse=lse)
+        launch.backward(problem, operands, saved, torch.zeros_like(out), torch.zeros_like(lse), made)
+    return made
+
+
+def ptxas_report(log: str) -> dict[str, Any]:
+    """Bytes that ptxas says it spills, and its warnings (C75..) of asynchronous products that it had to serialise."""
+    spilled = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+    assert spilled, f"no report of ptxas: {log}"
+    return {"spills": max(spilled), "warnings": sorted(set(re.findall(r"C75\d\d", log)))}
+
+
+def products(sass: str) -> dict[str, int]:
+    """Instructions of asynchronous products (HGMMA.64x128x16), and the multiplications that each does once, in all."""
+    sizes = re.findall(r"HGMMA\.(\d+)x(\d+)x(\d+)", sass)
+    return {"hgmma": len(sizes), "multiplications": sum(int(m) * int(n) * int(k) for m, n, k in sizes)}
+
+
+def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[dict[str, Any]]:
+    """One for each kernel that no variant before has compiled, with the tiles and widths that its call has."""
+    compiled.clear()
+    made = launch_all(spec)
+    width, width_v = plan.widths(validated(spec)[0])
+    for found in compiled:
+        planned = made.backward if "backward" in found.name else made.forward
+        yield {
+            "variant": label,
+            "kernel": found.name,
+            "block_q": planned.tiles.block_q,
+            "block_kv": planned.tiles.block_kv,
+            "width": width,
+            "width_v": width_v,
+            "planned_shared": planned.shared_memory_bytes,
+            "seconds": found.seconds,
+            **needs(found.kernel),
+            **ptxas_report(found.log),
+            **products(cuobjdump(found.kernel, "-sass")),
+        }
+
+
+if __name__ == "__main__":
+    pretend("sm_90")
+    knobs.nvidia.dump_ptxas_log = True
+    devices.detect = lambda _device: H200
+    kernels: list[Compiled] = []
+    compile_instead_of_launching(kernels)
+    for name in sys.argv[1:]:
+        for variant, call_spec in SETS[name]().items():
+            for report in reports(variant, call_spec, kernels):
+                print(json.dumps(report), flush=True)

@@ -1,0 +1,79 @@
+"""Every row of the Hopper tile tables compiles for sm_90a into what the kernels' design says, and hardly spills.
+
+No GPU is needed: a process of its own compiles for a target (``hopper_variants.py``). ``pytest -rP`` shows the figures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from variants_process import MOST_SPILLED_BYTES, NEWEST, as_table, check_memory, needs_newest, variants
+
+from flashtile.spec import devices
+
+MOST_SPILLED_WITH_OPTIONS = 1024
+MOST_SPILLED_BY_THE_NEWEST = 2048
+"""Bytes that rarer calls may spill, and calls with another Triton than the one that the tiles were measured with."""
+MOST_BESIDE_TILES = 1024
+"""Bytes of shared memory for barriers and single numbers, beyond the tiles that the planner counts."""
+PRODUCTS = {"attention_forward": (2, 2), "attention_backward": (3, 2)}
+"""How often a program holds a product of two tiles that is as deep, or as wide, as a head of K; and as one of V.
+
+Forward: Q @ K.T before the loop and in it; P @ V in it and behind it. Backward: Q @ K.T, dS @ K, dS.T @ Q; d_out @ V.T,
+P.T @ d_out, whichever of the backward kernels it is. What is not here multiplies no tiles.
+"""
+COLUMNS = {
+    "variant": 24,
+    "kernel": 26,
+    "block_q": 9,
+    "block_kv": 10,
+    "registers": 11,
+    "spills": 8,
+    "shared": 9,
+    "hgmma": 7,
+    "seconds": 9,
+}
+
+
+def compile_all(
+    variant_set: str, cache: Path, *, most_spilled: int = MOST_SPILLED_BYTES, triton_path: Path | None = None
+) -> list[dict[str, Any]]:
+    """Compiles a set of variants, prints and checks what their kernels need and are made of."""
+    found = variants("hopper_variants.py", variant_set, cache=cache, triton_path=triton_path)
+    table = as_table(found, COLUMNS)
+    print(table)
+    for row in found:
+        assert not row["warnings"], f"ptxas serialises the asynchronous products of {row}"
+        of_k, of_v = next((each for name, each in PRODUCTS.items() if row["kernel"].startswith(name)), (0, 0))
+        columns = of_k * row["width"] + of_v * row["width_v"]
+        assert row["multiplications"] == row["block_q"] * row["block_kv"] * columns, f"other products in {row}"
+    check_memory(found, table, most_shared=devices.by_name("h200").shared_memory_bytes, most_spilled=most_spilled)
+    return found
+
+
+def test_every_row_of_the_tables(tmp_path: Path) -> None:
+    found = compile_all("tables", tmp_path)
+    assert PRODUCTS.keys() <= {row["kernel"] for row in found}
+    for row in found:
+        if row["kernel"] == "attention_forward":
+            assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"
+
+
+@pytest.mark.parametrize("variant_set", ["options", "packed", "mixes"])
+def test_options(variant_set: str, tmp_path: Path) -> None:
+    compile_all(variant_set, tmp_path, most_spilled=MOST_SPILLED_WITH_OPTIONS)
+
+
+def test_a_new_length_or_batch_compiles_nothing(tmp_path: Path) -> None:
+    found = compile_all("lengths", tmp_path, most_spilled=MOST_SPILLED_WITH_OPTIONS)
+    counts = Counter((row["kernel"], row["variant"].startswith("packed")) for row in found)
+    assert set(counts.values()) == {1}, "a length or the batch became a compile-time number"
+
+
+@needs_newest
+@pytest.mark.parametrize("variant_set", ["tables", "mixes"])
+def test_with_the_newest_triton(variant_set: str, tmp_path: Path) -> None:
+    compile_all(variant_set, tmp_path, most_spilled=MOST_SPILLED_BY_THE_NEWEST, triton_path=NEWEST)

@@ -1,0 +1,281 @@
+"""The Hopper planner: which tiles, what it declines and in which words, on devices that need not be here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import flashtile
+from flashtile import UnsupportedProblem, dispatch
+from flashtile.backends.hopper import constants, plan
+from flashtile.spec import devices, sizes
+from flashtile.spec.devices import DEVICES
+from flashtile.spec.problem import AttentionProblem
+
+H200, H100 = DEVICES["h200"], DEVICES["h100"]
+PLAIN: dict[str, Any] = {"seqlen_q": 1024, "heads_q": 8, "head_dim": 128}
+SETTINGS = ("FLASHTILE_BACKEND", "FLASHTILE_STRICT")
+
+TAKEN: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "float16": {"dtype": torch.float16},
+    "window": {"window": (100, None)},
+    "both sides of a window": {"window": (7, 3)},
+    "ALiBi": {"has_alibi": True},
+    "sinks": {"has_sinks": True, "gradients": ("q", "k", "v", "sinks")},
+    "softcap": {"softcap": 20.0},
+    "softcap, wide, inference": {"softcap": 20.0, "head_dim": 256, "gradients": ()},
+    "deterministic inference": {"deterministic": True, "gradients": ()},
+    "grouped heads": {"heads_kv": 2},
+    "one key/value head": {"heads_kv": 1},
+    "lse": {"with_lse": True},
+    "head_dim 1": {"head_dim": 1},
+    "head_dim 256": {"head_dim": 256},
+    "head_dim 192 with 128": {"head_dim": 192, "head_dim_v": 128},
+    "odd widths": {"head_dim": 33, "head_dim_v": 100},
+    "one query": {"seqlen_q": 1, "seqlen_kv": 5000, "causal": True},
+    "more queries than keys": {"seqlen_q": 900, "seqlen_kv": 7, "causal": True},
+    "the longest": {"seqlen_q": plan.LONGEST, "heads_q": 1},
+    "everything": {
+        "causal": True,
+        "window": (50, 0),
+        "softcap": 20.0,
+        "has_alibi": True,
+        "has_sinks": True,
+        "heads_kv": 4,
+        "with_lse": True,
+    },
+}
+
+DECLINED: dict[str, tuple[dict[str, Any], str]] = {
+    "float32": ({"dtype": torch.float32}, "multiplies float16 and bfloat16, not float32"),
+    "float64": ({"dtype": torch.float64}, "multiplies float16 and bfloat16, not float64"),
+    "head_dim": ({"head_dim": 257, "head_dim_v": 64}, "takes head_dim up to 256, and head_dim is 257"),
+    "head_dim_v": ({"head_dim_v": 320}, "takes head_dim up to 256, and head_dim_v is 320"),
+    "seqlen_q": ({"seqlen_q": 2**30 + 1, "seqlen_kv": 8}, "up to 1,073,741,824 tokens, and seqlen_q is 1,073,741,825"),
+    "seqlen_kv": ({"seqlen_kv": 2**30 + 1}, "up to 1,073,741,824 tokens, and seqlen_kv is 1,073,741,825"),
+    "no query": ({"seqlen_q": 0, "seqlen_kv": 8}, "takes no empty tensors"),
+    "no key": ({"seqlen_kv": 0}, "takes no empty tensors"),
+    "no sequence": ({"batch": 0}, "takes no empty tensors"),
+    "bias": ({"bias_shape": (1024,)}, "has no kernel with a bias"),
+    "mask": ({"mask_shape": (1, 1, 1024, 1024)}, "has no kernel with a boolean mask"),
+    "dropout": ({"dropout_p": 0.1}, "has no kernel with dropout"),
+    "scale 0": ({"scale": 0.0}, "has no kernel with a scale that is not positive"),
+    "negative scale": ({"scale": -0.5}, "has no kernel with a scale that is not positive"),
+    "deterministic gradients": ({"deterministic": True}, "deterministic=True asks for a fixed one"),
+    "softcap and wide": ({"softcap": 20.0, "head_dim": 192}, "no backward with a softcap for head_dim above 128"),
+    "softcap and wide values": ({"softcap": 20.0, "head_dim_v": 129}, "softcap for head_dim above 128"),
+}
+
+
+@pytest.fixture(autouse=True)
+def neutral_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def posed(**changes: Any) -> AttentionProblem:
+    return sizes.pose(**(PLAIN | changes))
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [H200, H100], ids=lambda device: device.name)
+@pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN)
+def test_what_is_taken(changes: dict[str, Any], device: devices.DeviceSpec) -> None:
+    problem = posed(**changes)
+    assert plan.rejects(problem, device) == ()
+    chosen = dispatch.choose(problem, device)
+    assert (chosen.backend, dict(chosen.rejected).keys()) == ("hopper", {"cpu"})
+    assert chosen.reason and chosen.forward.reason and chosen.backward.reason
+
+
+@pytest.mark.parametrize(("changes", "words"), DECLINED.values(), ids=DECLINED)
+def test_what_is_declined_and_why(changes: dict[str, Any], words: str) -> None:
+    problem = posed(**changes)
+    (reason,) = plan.rejects(problem, H200)
+    assert words in reason
+    with pytest.raises(UnsupportedProblem) as caught:
+        dispatch.choose(problem, H200, "hopper")
+    assert caught.value.reasons == {"hopper": (reason,)}
+    chosen = dispatch.choose(problem, H200)
+    assert chosen.backend != "hopper" and dict(chosen.rejected)["hopper"] == (reason,)
+
+
+def test_every_reason_is_told_at_once() -> None:
+    changes = {"dtype": torch.float32, "head_dim": 512, "softcap": 3.0, "dropout_p": 0.5, "deterministic": True}
+    assert len(plan.rejects(posed(**changes, mask_shape=(1024,), scale=-1.0), DEVICES["t4"])) == 9
+
+
+@pytest.mark.parametrize("device", [device for name, device in DEVICES.items() if name not in ("h100", "h200")])
+def test_other_devices_are_declined_by_name(device: devices.DeviceSpec) -> None:
+    """Also the newer ones: wgmma, which these kernels multiply with, exists for compute capability 9.0 alone."""
+    (reason,) = plan.rejects(posed(), device)
+    assert "compute capability 9.0" in reason and device.name in reason
+    assert dispatch.choose(posed(), device).backend != "hopper"
+
+
+@pytest.mark.parametrize(("has_gpu", "has_triton"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_missing_triton_is_declined_where_there_is_a_gpu(
+    has_gpu: bool, has_triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda _name: object() if has_triton else None)
+    plan._lacks_triton.cache_clear()
+    try:
+        reasons = plan.rejects(posed(), H200)
+    finally:
+        plan._lacks_triton.cache_clear()
+    assert len(reasons) == (has_gpu and not has_triton)
+    assert all("pip install triton" in reason for reason in reasons)
+
+
+def test_a_call_on_this_machines_cpu_names_what_is_missing() -> None:
+    q, k, v = torch.zeros(3, 1, 8, 2, 64, dtype=torch.bfloat16).unbind()
+    with pytest.raises(UnsupportedProblem, match=r"hopper: runs on Hopper GPUs .*these tensors are on cpu"):
+        flashtile.attention(q, k, v, backend="hopper")
+
+
+# --- what a person is shown -------------------------------------------------------------------------------------------
+
+
+def test_explain_shows_the_choice_on_an_h200() -> None:
+    explanation = flashtile.explain(**PLAIN, causal=True, device="h200")
+    assert [verdict.backend for verdict in explanation.verdicts if verdict.is_chosen] == ["hopper"]
+    assert "kernel hopper/forward" in str(explanation) and "kernel hopper/backward" in str(explanation)
+
+
+@pytest.mark.parametrize("name", ["float32", "bias", "mask", "dropout", "deterministic gradients", "softcap and wide"])
+def test_explain_shows_why_triton_runs_instead(name: str) -> None:
+    changes, words = DECLINED[name]
+    explanation = flashtile.explain(**(PLAIN | changes), device="h200")
+    assert [verdict.backend for verdict in explanation.verdicts if verdict.is_chosen] == ["triton"]
+    (declined,) = [verdict for verdict in explanation.verdicts if verdict.backend == "hopper"]
+    assert any(words in reason for reason in declined.reasons)
+    assert words in " ".join(str(explanation).split())
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", [plan._FORWARD, plan._BACKWARD], ids=["forward", "backward"])
+def test_the_tables_have_a_row_for_every_problem(table: dict[Any, Any]) -> None:
+    found = {
+        (max(plan.widths(posed(head_dim=head_dim))), is_causal)
+        for head_dim in range(1, plan.LARGEST_HEAD_DIM + 1)
+        for is_causal in (False, True)
+    }
+    assert found == set(table)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_plan_is_the_tables_row(head_dim: int, is_causal: bool) -> None:
+    problem = posed(head_dim=head_dim, causal=is_causal)
+    made = plan.plan(problem, H200)
+    assert made.forward.tiles is plan._FORWARD[head_dim, is_causal]
+    assert made.backward.tiles is plan._BACKWARD[head_dim, is_causal]
+    assert (
+        plan.plan(posed(head_dim=head_dim - 1, head_dim_v=5, causal=is_causal), H200).forward.tiles
+        == made.forward.tiles
+    )
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "expected"),
+    [(1, 1, (64, 64)), (64, 65, (64, 128)), (100, 8, (128, 64)), (192, 128, (256, 128)), (256, 129, (256, 256))],
+)
+def test_tiles_are_as_wide_as_the_next_power_of_two(head_dim: int, head_dim_v: int, expected: tuple[int, int]) -> None:
+    assert plan.widths(posed(head_dim=head_dim, head_dim_v=head_dim_v)) == expected
+
+
+@pytest.mark.parametrize("tiles", plan._FORWARD.values(), ids=str)
+def test_tiles_of_queries_are_whole_consumers(tiles: plan.ForwardTiles) -> None:
+    assert tiles.num_consumers * constants.ROWS == tiles.block_q
+    block = tiles.block_q
+    for seqlen, expected in ((1, 1), (block - 1, 1), (block, 1), (block + 1, 2), (7 * block + 1, 8)):
+        assert plan.num_q_tiles(posed(seqlen_q=seqlen), tiles) == expected
+
+
+@pytest.mark.parametrize("seqlen_kv", [1, 64, 65, 128, 129, 5000])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_the_backward_has_a_program_for_each_tile_of_keys(head_dim: int, seqlen_kv: int) -> None:
+    problem = posed(batch=3, heads_q=8, heads_kv=2, head_dim=head_dim, seqlen_kv=seqlen_kv)
+    kernel = plan.plan(problem, H200).backward
+    num_tiles = kernel.grid[0] // (3 * 2)
+    assert kernel.grid == (num_tiles * 3 * 2,)
+    assert (num_tiles - 1) * kernel.tiles.block_kv < seqlen_kv <= num_tiles * kernel.tiles.block_kv
+
+
+@pytest.mark.parametrize("seqlen", [1, 700, 16384])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_the_forward_never_has_more_programs_than_shares_or_multiprocessors(batch: int, seqlen: int) -> None:
+    problem = posed(batch=batch, seqlen_q=seqlen)
+    kernel = plan.plan(problem, H200).forward
+    num_shares = plan.num_q_tiles(problem, kernel.tiles) * 8 * batch
+    assert 1 <= kernel.grid[0] <= min(num_shares, H200.num_sms)
+
+
+@pytest.mark.parametrize("table", [plan._FORWARD, plan._BACKWARD], ids=["forward", "backward"])
+def test_tiles_divide_what_the_specification_counts_in_them(table: dict[Any, Any]) -> None:
+    """The statistics of the backward come in whole blocks of rows, whichever tile of queries reads them."""
+    for tiles in table.values():
+        assert tiles.block_q % constants.ROWS == 0 and tiles.block_kv % constants.ROWS == 0
+    assert all(constants.STATISTICS_ROWS % tiles.block_q == 0 for tiles in plan._BACKWARD.values())
+
+
+# --- the L2 cache -----------------------------------------------------------------------------------------------------
+
+
+def test_without_causality_heads_are_not_grouped() -> None:
+    assert plan.heads_per_group(posed(), H200) == 1
+    assert plan.heads_per_group(posed(window=(100, None)), H200) == 1
+
+
+@pytest.mark.parametrize("seqlen_kv", [1, 1000, 16384, 131072, 2**20])
+@pytest.mark.parametrize(("heads_q", "heads_kv"), [(16, 16), (16, 2), (16, 1)])
+def test_the_keys_and_values_of_a_group_fit_into_the_cache(heads_q: int, heads_kv: int, seqlen_kv: int) -> None:
+    problem = posed(batch=4, heads_q=heads_q, heads_kv=heads_kv, seqlen_q=16, seqlen_kv=seqlen_kv, causal=True)
+    group = plan.heads_per_group(problem, H200)
+    bytes_per_kv_head = seqlen_kv * 2 * 128 * 2
+    num_kv_heads = -(-group // (heads_q // heads_kv))
+    assert 1 <= group <= 4 * heads_q
+    assert num_kv_heads == 1 or num_kv_heads * bytes_per_kv_head <= H200.l2_bytes
+    fits_whole = 4 * heads_kv * bytes_per_kv_head <= H200.l2_bytes // 2
+    assert group == 4 * heads_q or not fits_whole
+
+
+# --- shared memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim_v", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_fit_into_shared_memory(head_dim: int, head_dim_v: int, is_causal: bool) -> None:
+    """``tests/compile/test_hopper_compiles.py`` holds the planner's figure against the compiled kernel's."""
+    made = plan.plan(posed(head_dim=head_dim, head_dim_v=head_dim_v, causal=is_causal), H200)
+    tiles = made.forward.tiles
+    assert isinstance(tiles, plan.ForwardTiles)
+    at_least = tiles.block_q * head_dim + tiles.num_stages * tiles.block_kv * (head_dim + head_dim_v)
+    assert 2 * at_least <= made.forward.shared_memory_bytes < H200.shared_memory_bytes
+
+
+def test_packed_sequences_are_taken() -> None:
+    q = torch.zeros(100, 8, 128, dtype=torch.bfloat16, device="meta")
+    boundaries = torch.zeros(3, dtype=torch.int32, device="meta")
+    explanation = flashtile.explain(
+        q, q, q, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=60, max_seqlen_kv=60
+    )
+    assert explanation.problem.layout == "varlen"
+    assert plan.rejects(explanation.problem, H200) == ()
+
+
+def test_causality_is_what_the_specification_makes_of_the_call() -> None:
+    """One query at the end sees every key, causal or not: the planner goes by what can be seen."""
+    one_query = posed(seqlen_q=1, seqlen_kv=500, causal=True)
+    assert one_query.mask.right is None
+    assert plan.plan(one_query, H200).forward.tiles is plan._FORWARD[128, False]

@@ -27,7 +27,7 @@ class ForwardTiles(TileConfig):
 
     num_stages: int
     """Slots for tiles of K, and of V."""
-    is_ordered: bool
+    is_ordered: bool = False
     """Whether the exponentials are kept in front of the wait for P @ V; see ``forward.after``."""
     is_in_turn: bool = False
     """Whether the consumers take turns on the tensor cores."""
@@ -39,30 +39,40 @@ class ForwardTiles(TileConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardTiles(TileConfig):
-    """``block_kv`` is 64 rows for each of two consumers."""
+    """``block_kv`` is 64 rows for each of two consumers, or for both where each has one of d_k and d_v."""
 
     num_stages: int
-    """Slots for tiles of Q, and of d_out."""
+    """Slots for tiles of Q, and for heads of up to 128 of d_out."""
 
 
-_FORWARD: dict[tuple[int, bool], ForwardTiles] = {
-    (64, False): ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_ordered=False),
-    (64, True): ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_ordered=False),
-    (128, False): ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=False),
-    (128, True): ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=True),
-    (256, False): ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=False),
-    (256, True): ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=False),
+_FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
+    (64, False): (
+        (512, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
+        (LONGEST, ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_in_turn=True)),
+    ),
+    (64, True): (
+        (2048, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
+        (LONGEST, ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_in_turn=True)),
+    ),
+    (128, False): (
+        (2048, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
+        (LONGEST, ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=True)),
+    ),
+    (128, True): (
+        (2048, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
+        (LONGEST, ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=True)),
+    ),
+    (256, False): ((LONGEST, ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=True)),),
+    (256, True): ((LONGEST, ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=True)),),
 }
-"""(width of the wider head, is causal) -> tiles."""
+"""(width of the wider head, is causal) -> tiles for up to so many queries. docs/hopper.md has the measurements."""
 
-_BACKWARD: dict[tuple[int, bool], BackwardTiles] = {
-    (64, False): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
-    (64, True): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
-    (128, False): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
-    (128, True): BackwardTiles(block_q=64, block_kv=128, num_stages=2),
-    (256, False): BackwardTiles(block_q=64, block_kv=64, num_stages=2),
-    (256, True): BackwardTiles(block_q=64, block_kv=64, num_stages=2),
+_BACKWARD: dict[int, BackwardTiles] = {
+    64: BackwardTiles(block_q=64, block_kv=128, num_stages=3),
+    128: BackwardTiles(block_q=64, block_kv=128, num_stages=2),
+    256: BackwardTiles(block_q=64, block_kv=64, num_stages=2),
 }
+"""Width of the wider head -> tiles."""
 
 
 def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
@@ -125,7 +135,7 @@ def backward_widths(problem: AttentionProblem) -> tuple[int, int]:
 
 
 def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
-    tiles = _FORWARD[max(widths(problem)), problem.mask.right is not None]
+    tiles = _forward_tiles(problem)
     num_shares = num_q_tiles(problem, tiles) * problem.heads_q * problem.batch
     return KernelPlan(
         kernel="forward",
@@ -136,8 +146,13 @@ def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
     )
 
 
+def _forward_tiles(problem: AttentionProblem) -> ForwardTiles:
+    steps = _FORWARD[max(widths(problem)), problem.mask.right is not None]
+    return next(tiles for longest, tiles in steps if problem.seqlen_q <= longest)
+
+
 def _backward(problem: AttentionProblem) -> KernelPlan:
-    tiles = _BACKWARD[max(widths(problem)), problem.mask.right is not None]
+    tiles = _BACKWARD[max(widths(problem))]
     return KernelPlan(
         kernel="backward",
         tiles=tiles,

@@ -55,13 +55,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def tables() -> dict[str, CallSpec]:
     """A plain call for each row of the two tile tables."""
-    rows = sorted(plan._FORWARD.keys() | plan._BACKWARD.keys())
-    return {
-        f"{width}, {'causal' if is_causal else 'full'}": replace(
-            PLAIN, head_dim=width, head_dim_v=width, causal=is_causal
-        )
-        for width, is_causal in rows
-    }
+    found: dict[str, CallSpec] = {}
+    for (width, is_causal), steps in sorted(plan._FORWARD.items()):
+        spec = replace(PLAIN, head_dim=width, head_dim_v=width, causal=is_causal)
+        shortest = 2  # to a single query, causal is full
+        for longest, _ in steps:
+            name = f"{width}, {'causal' if is_causal else 'full'}, from {shortest}"
+            found[name] = replace(spec, lengths_q=(shortest,), lengths_kv=(shortest,))
+            shortest = longest + 1
+    return found
 
 
 def packed(**options: Any) -> dict[str, CallSpec]:

@@ -28,11 +28,12 @@ WIDTHS = [64, 128, 256]
 PLAIN = CallSpec(
     lengths_q=(300, 300), lengths_kv=(390, 390), heads_kv=2, head_dim=128, head_dim_v=128, dtype=torch.bfloat16
 )
+FORWARD_TILES = [tiles for steps in plan._FORWARD.values() for _, tiles in steps]
 EDGES = sorted(
     {0, 1, 2, 40, 300, 700}
     | {
         block + offset
-        for tiles in (*plan._FORWARD.values(), *plan._BACKWARD.values())
+        for tiles in (*FORWARD_TILES, *plan._BACKWARD.values())
         for block in (tiles.block_q, tiles.block_kv)
         for offset in (-1, 0, 1)
     }
@@ -87,8 +88,8 @@ def test_random_mixes(chunk: int) -> None:
 
 @pytest.mark.parametrize(("width", "is_causal"), plan._FORWARD, ids=str)
 def test_edges_of_every_tile(width: int, is_causal: bool) -> None:
-    forward, backward = plan._FORWARD[width, is_causal], plan._BACKWARD[width, is_causal]
-    for block_q, block_kv in {(tiles.block_q, tiles.block_kv) for tiles in (forward, backward)}:
+    forward = [tiles for _, tiles in plan._FORWARD[width, is_causal]]
+    for block_q, block_kv in {(tiles.block_q, tiles.block_kv) for tiles in (*forward, plan._BACKWARD[width])}:
         for seqlen_q in (1, block_q - 1, block_q, block_q + 1, 2 * block_q + 1):
             for seqlen_kv in (1, block_kv - 1, block_kv, block_kv + 1, 3 * block_kv + 1):
                 check(HOPPER, wide(width, lengths_q=(seqlen_q,), lengths_kv=(seqlen_kv,), causal=is_causal))

@@ -162,14 +162,13 @@ def test_explain_shows_why_triton_runs_instead(name: str) -> None:
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", [plan._FORWARD, plan._BACKWARD], ids=["forward", "backward"])
-def test_the_tables_have_a_row_for_every_problem(table: dict[Any, Any]) -> None:
-    found = {
-        (max(plan.widths(posed(head_dim=head_dim))), is_causal)
-        for head_dim in range(1, plan.LARGEST_HEAD_DIM + 1)
-        for is_causal in (False, True)
-    }
-    assert found == set(table)
+def test_the_tables_have_a_row_for_every_problem() -> None:
+    found = {max(plan.widths(posed(head_dim=head_dim))) for head_dim in range(1, plan.LARGEST_HEAD_DIM + 1)}
+    assert set(plan._FORWARD) == {(width, is_causal) for width in found for is_causal in (False, True)}
+    assert set(plan._BACKWARD) == found
+    for steps in plan._FORWARD.values():
+        lengths = [longest for longest, _ in steps]
+        assert lengths == sorted(set(lengths)) and lengths[-1] == plan.LONGEST
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -177,12 +176,13 @@ def test_the_tables_have_a_row_for_every_problem(table: dict[Any, Any]) -> None:
 def test_the_plan_is_the_tables_row(head_dim: int, is_causal: bool) -> None:
     problem = posed(head_dim=head_dim, causal=is_causal)
     made = plan.plan(problem, H200)
-    assert made.forward.tiles is plan._FORWARD[head_dim, is_causal]
-    assert made.backward.tiles is plan._BACKWARD[head_dim, is_causal]
-    assert (
-        plan.plan(posed(head_dim=head_dim - 1, head_dim_v=5, causal=is_causal), H200).forward.tiles
-        == made.forward.tiles
-    )
+    assert made.forward.tiles is plan._FORWARD[head_dim, is_causal][0][1]
+    assert made.backward.tiles is plan._BACKWARD[head_dim]
+    narrower = posed(head_dim=head_dim - 1, head_dim_v=5, causal=is_causal)
+    assert plan.plan(narrower, H200).forward.tiles == made.forward.tiles
+    for longest, tiles in plan._FORWARD[head_dim, is_causal]:
+        longer = posed(head_dim=head_dim, causal=is_causal, seqlen_q=longest)
+        assert plan.plan(longer, H200).forward.tiles is tiles
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_tiles_are_as_wide_as_the_next_power_of_two(head_dim: int, head_dim_v: i
     assert plan.widths(posed(head_dim=head_dim, head_dim_v=head_dim_v)) == expected
 
 
-@pytest.mark.parametrize("tiles", plan._FORWARD.values(), ids=str)
+@pytest.mark.parametrize("tiles", [tiles for steps in plan._FORWARD.values() for _, tiles in steps], ids=str)
 def test_tiles_of_queries_are_whole_consumers(tiles: plan.ForwardTiles) -> None:
     assert tiles.num_consumers * constants.ROWS == tiles.block_q
     block = tiles.block_q
@@ -220,12 +220,11 @@ def test_the_forward_never_has_more_programs_than_shares_or_multiprocessors(batc
     assert 1 <= kernel.grid[0] <= min(num_shares, H200.num_sms)
 
 
-@pytest.mark.parametrize("table", [plan._FORWARD, plan._BACKWARD], ids=["forward", "backward"])
-def test_tiles_divide_what_the_specification_counts_in_them(table: dict[Any, Any]) -> None:
-    """The statistics of the backward come in whole blocks of rows, whichever tile of queries reads them."""
-    for tiles in table.values():
-        assert tiles.block_q % constants.ROWS == 0 and tiles.block_kv % constants.ROWS == 0
-    assert all(constants.STATISTICS_ROWS % tiles.block_q == 0 for tiles in plan._BACKWARD.values())
+@pytest.mark.parametrize("tiles", plan._BACKWARD.values(), ids=str)
+def test_the_backward_works_on_tiles_of_one_warpgroups_rows(tiles: plan.BackwardTiles) -> None:
+    """The statistics of the backward come in whole blocks of rows."""
+    assert tiles.block_q == constants.ROWS and tiles.block_kv % constants.ROWS == 0
+    assert constants.STATISTICS_ROWS % tiles.block_q == 0
 
 
 # --- the L2 cache -----------------------------------------------------------------------------------------------------
@@ -278,4 +277,4 @@ def test_causality_is_what_the_specification_makes_of_the_call() -> None:
     """One query at the end sees every key, causal or not: the planner goes by what can be seen."""
     one_query = posed(seqlen_q=1, seqlen_kv=500, causal=True)
     assert one_query.mask.right is None
-    assert plan.plan(one_query, H200).forward.tiles is plan._FORWARD[128, False]
+    assert plan.plan(one_query, H200).forward.tiles is plan._FORWARD[128, False][0][1]

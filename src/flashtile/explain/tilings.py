@@ -45,6 +45,7 @@ def tiling(problem: AttentionProblem, device: DeviceSpec, plan: Plan | None, dir
         heap_tiles=heap_tiles,
         sequences_at_once=sequences_at_once,
         split=None if kernel is None else _split(kernel, problem),
+        row_statistics=("lse_log2", "delta") if plan is not None and plan.backend == "hopper" else ("delta",),
     )
 
 

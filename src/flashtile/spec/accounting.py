@@ -105,6 +105,8 @@ class Tiling:
     """Sequences whose d_q is summed up at a time, beside the result; None: all, and beside it only if it is 16-bit."""
     split: SplitBackward | None = None
     """How the backward avoids that sum; None if it does not."""
+    row_statistics: tuple[str, ...] = ("delta",)
+    """What a backward that is not split computes beforehand, one number per query row each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,7 +394,9 @@ def _extra_backward(problem: AttentionProblem, tiling: Tiling) -> tuple[Term, ..
     rows = math.prod(problem.lse_shape)
     if tiling.sequences_at_once is not None:
         rows = min(rows, tiling.sequences_at_once * problem.heads_q * problem.seqlen_q)
-    terms, dtype = [Term(what="delta", num_bytes=rows * itemsize)], units.dtype_name(problem.accumulation_dtype)
+    statistics = tiling.row_statistics
+    terms = [Term(what=", ".join(statistics), num_bytes=len(statistics) * rows * itemsize)]
+    dtype = units.dtype_name(problem.accumulation_dtype)
     if is_converted or tiling.sequences_at_once is not None:
         terms.append(Term(what=f"{dtype} sums of d_q", num_bytes=rows * problem.head_dim * itemsize))
     if is_converted and problem.bias_shape is not None and "bias" in problem.gradients:

@@ -34,14 +34,6 @@ class Matrix(NamedTuple):
     row_stride: Any
 
 
-class RowNumbers(NamedTuple):
-    """One number per query row: contiguous [batch, heads, rows], packed [heads, rows]."""
-
-    ptr: Any
-    batch_stride: Any
-    head_stride: Any
-
-
 class Slopes(NamedTuple):
     """The ALiBi slope of each head, [batch, heads]."""
 
@@ -128,7 +120,7 @@ def _tiled(
         unit if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True)
     )
     block = [1, 1, rows, cols]
-    layout = NVMMASharedLayout.get_default_for(block, _ELEMENTS[dtype])
+    layout: Any = NVMMASharedLayout.get_default_for(block, _ELEMENTS[dtype])
     return _fields([batch, heads, tokens, width], [by_batch, by_head, by_token, 1], block, layout)
 
 
@@ -157,12 +149,6 @@ def matrix(tensor: Tensor) -> Matrix:
     )
     batch, row, head = (0 if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True))
     return Matrix(tensor, batch, head, row)
-
-
-def row_numbers(numbers: Tensor) -> RowNumbers:
-    """The lse or another [batch, heads, rows], packed [heads, rows]."""
-    batch_stride, head_stride, _ = (numbers if numbers.dim() == 3 else numbers[None]).stride()
-    return RowNumbers(numbers, batch_stride, head_stride)
 
 
 def score_rules(problem: AttentionProblem, operands: Operands) -> ScoreRules:

@@ -8,7 +8,7 @@ ROWS = 64
 """Rows of one warpgroup's product; every consumer partition works on this many rows of the score tile."""
 
 STATISTICS_ROWS = 128
-"""The backward's own numbers of a sequence fill up whole blocks of this many rows, a multiple of ROWS.
+"""The backward's own numbers of a sequence fill up whole blocks of this many rows, a multiple of ``ROWS``.
 
 Packed, sequence b starts at block b + q_begin // STATISTICS_ROWS, which leaves every sequence the blocks it needs.
 """

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives import scores
-from flashtile.backends.hopper.primitives.addressing import find_sequence, row_offset
+from flashtile.backends.hopper.primitives.addressing import RowNumbers, find_sequence, row_offset
 from flashtile.backends.hopper.primitives.channel import fill, make_channel, receive, release
 from flashtile.backends.hopper.primitives.gluon_compat import barrier, tma_store
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
@@ -39,6 +39,7 @@ from flashtile.backends.hopper.primitives.masking import TileRange, is_full, kv_
 from flashtile.backends.hopper.primitives.online_softmax import INF, finish, rescaled, softmax_step, thread_sums
 from flashtile.backends.hopper.primitives.scheduling import (
     END,
+    Schedule,
     make_share_channel,
     next_share,
     num_shares,
@@ -96,19 +97,22 @@ class Sums(NamedTuple):
     p_operand: Any
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv", "batch", "heads_per_group", "lse_length"])
 def attention_forward(
     q_desc,
     k_desc,
     v_desc,
     out_desc,
     out_matrix,
-    lse,
+    lse_ptr,
+    lse_length,
     sink_ptr,
     rules,
     sequences,
     heads,
-    schedule,
+    batch,
+    heads_per_group,
+    counter,
     seqlen_q,
     seqlen_kv,
     HEAD_DIM_V: gl.constexpr,
@@ -135,6 +139,9 @@ def attention_forward(
         out_tiles = gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, OUT_COLS], out_layout)
     fence_async_shared()
 
+    num_tiles = gl.cdiv(seqlen_q, NUM_CONSUMERS * ROWS)
+    schedule = Schedule(num_tiles, batch * heads.num_q, heads_per_group, counter)
+    lse = RowNumbers(lse_ptr, heads.num_q, lse_length)
     call = Call(rules, sequences, heads, schedule, seqlen_q, seqlen_kv)
     results = Results(out_desc, out_tiles, out_matrix, lse, sink_ptr)
     if NUM_CONSUMERS == 2:

@@ -29,7 +29,6 @@ from flashtile.backends.hopper.plan import (
     out_columns,
     widths,
 )
-from flashtile.backends.hopper.primitives.scheduling import Schedule
 from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
 from flashtile.spec import devices
 from flashtile.spec.operands import Operands
@@ -67,12 +66,15 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
                 arguments.descriptor(v, tiles.block_kv, width_v),
                 arguments.descriptor(out, ROWS, columns) if columns else None,
                 arguments.matrix(out),
-                arguments.row_numbers(lse),
+                lse,
+                lse.shape[-1],
                 operands.sinks,
                 arguments.score_rules(problem, operands),
                 Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
                 Heads(problem.heads_q, problem.heads_per_kv),
-                _schedule(problem, plan.forward, q.device),
+                problem.batch,
+                heads_per_group(problem, devices.detect(q.device)),
+                _counter(problem, plan.forward, q.device),
                 problem.seqlen_q,
                 problem.seqlen_kv,
             ),
@@ -136,7 +138,7 @@ def backward(
 
 
 def _backward_kernel(problem: AttentionProblem) -> tuple[Launcher, dict[str, int], int]:
-    """The kernel for the width of the heads, the registers of its partitions' threads, and the pieces of a tile of d_q."""
+    """The kernel for the heads' width, the registers of its partitions' threads, and the pieces of a tile of d_q."""
     width = max(widths(problem))
     if width <= 64 and not problem.softcap:  # tanh needs the registers that K and V would take
         return _BACKWARD_NARROW, {"CONSUMER_REGISTERS": 200, "D_Q_REGISTERS": 88, "LOADER_REGISTERS": 24}, 1
@@ -166,10 +168,12 @@ def _row_statistics(
         (
             arguments.matrix(saved.out),
             arguments.matrix(d_out),
-            arguments.row_numbers(saved.lse.contiguous()),
-            None if d_lse is None else arguments.row_numbers(d_lse.contiguous()),
-            arguments.row_numbers(lse_log2),
-            arguments.row_numbers(delta),
+            saved.lse.contiguous(),
+            None if d_lse is None else d_lse.contiguous(),
+            saved.lse.shape[-1],
+            lse_log2,
+            delta,
+            length,
             operands.cu_seqlens_q,
             problem.heads_q,
             problem.seqlen_q,
@@ -220,11 +224,10 @@ def _form(
     return (problem, tiles, streams[0].device.index, *(stream.stride() for stream in streams), *alignments)
 
 
-def _schedule(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Schedule:
-    num_tiles, num_heads = num_q_tiles(problem, kernel.tiles), problem.batch * problem.heads_q
-    has_more = num_tiles * num_heads > kernel.grid[0]
-    counter = torch.zeros(1, dtype=torch.int32, device=device) if has_more else None
-    return Schedule(num_tiles, num_heads, heads_per_group(problem, devices.detect(device)), counter)
+def _counter(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Tensor | None:
+    """Of the shares that programs take after their first one, if there are any."""
+    has_more = num_q_tiles(problem, kernel.tiles) * problem.heads_q * problem.batch > kernel.grid[0]
+    return torch.zeros(1, dtype=torch.int32, device=device) if has_more else None
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -15,7 +15,9 @@ class Launcher:
         self.kernel = kernel
         self._compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, form: Hashable, grid: tuple[int], arguments: tuple[Any, ...], **constants: int | bool) -> None:
+    def __call__(
+        self, form: Hashable, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: int | bool
+    ) -> None:
         """Launches the kernel on the current device.
 
         Args:
@@ -25,7 +27,7 @@ class Launcher:
         """
         compiled = self._compiled.get(form)
         if compiled is not None:
-            compiled[(*grid, 1, 1)](*arguments, *constants.values())
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
             return
         if len(self._compiled) >= MOST_FORMS:
             self._compiled.clear()

@@ -183,7 +183,7 @@ def num_q_slots(problem: AttentionProblem) -> int:
 
 
 def out_columns(problem: AttentionProblem) -> int:
-    """The columns of the output that go through shared memory at a time; 0 if it is stored without, as packed ones are."""
+    """The columns of the output that go through shared memory at a time; 0 if it goes straight, as packed ones do."""
     if problem.layout == "varlen" or problem.head_dim_v % 8:
         return 0
     return min(widths(problem)[1], 128)

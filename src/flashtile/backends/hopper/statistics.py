@@ -15,14 +15,16 @@ INF = tl.constexpr(float("inf"))
 STATISTICS_ROWS = tl.constexpr(constants.STATISTICS_ROWS)
 
 
-@triton.jit(do_not_specialize=["seqlen_q"])
+@triton.jit(do_not_specialize=["lse_length", "length", "seqlen_q"])
 def attention_row_statistics(
     out,
     d_out,
     lse,
     d_lse,
+    lse_length,
     lse_log2,
     delta,
+    length,
     cu_seqlens_q,
     num_heads,
     seqlen_q,
@@ -30,7 +32,11 @@ def attention_row_statistics(
     BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """One program fills BLOCK_ROWS numbers of one head; rows beyond a sequence get delta 0 and lse +inf, so p is 0."""
+    """One program fills BLOCK_ROWS numbers of one head; rows beyond a sequence get delta 0 and lse +inf, so p is 0.
+
+    lse and d_lse are contiguous [batch, heads, lse_length], lse_log2 and delta [batch, heads, length]; packed ones
+    have no batch axis.
+    """
     num_blocks = tl.cdiv(seqlen_q, STATISTICS_ROWS) * (STATISTICS_ROWS // BLOCK_ROWS)
     program_idx = tl.program_id(0)
     head_and_batch = program_idx // num_blocks
@@ -49,15 +55,17 @@ def attention_row_statistics(
     out_tile = tl.load(_place(out, buffer_idx, head_idx) + token * out.row_stride + cols, mask=mask, other=0.0)
     d_out_tile = tl.load(_place(d_out, buffer_idx, head_idx) + token * d_out.row_stride + cols, mask=mask, other=0.0)
     numbers = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)  # [BLOCK_ROWS]
-    row_lse = tl.load(_place(lse, buffer_idx, head_idx) + first_row + row, mask=exists, other=-INF)
+    line = tl.cast(buffer_idx * num_heads + head_idx, tl.int64)
+    source = line * lse_length + first_row + row
+    row_lse = tl.load(lse + source, mask=exists, other=-INF)
     if d_lse is not None:
-        numbers -= tl.load(_place(d_lse, buffer_idx, head_idx) + first_row + row, mask=exists, other=0.0)
+        numbers -= tl.load(d_lse + source, mask=exists, other=0.0)
 
     last_block = tl.cdiv(seqlen_q, STATISTICS_ROWS) * STATISTICS_ROWS
     within = row < last_block
-    target = _place(lse_log2, buffer_idx, head_idx) + first_number + row
-    tl.store(target, tl.where(row_lse > -INF, row_lse * LOG2_E, INF), mask=within)
-    tl.store(_place(delta, buffer_idx, head_idx) + first_number + row, numbers, mask=within)
+    target = line * length + first_number + row
+    tl.store(lse_log2 + target, tl.where(row_lse > -INF, row_lse * LOG2_E, INF), mask=within)
+    tl.store(delta + target, numbers, mask=within)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

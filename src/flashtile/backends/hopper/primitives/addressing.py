@@ -26,6 +26,14 @@ class Sequence(NamedTuple):
     seqlen_kv: Any
 
 
+class RowNumbers(NamedTuple):
+    """One number per query row: contiguous [batch, num_heads, length], packed [num_heads, length]."""
+
+    ptr: Any
+    num_heads: Any
+    length: Any
+
+
 @gluon.jit
 def find_sequence(sequences, batch_idx, seqlen_q, seqlen_kv):
     """The sequence ``batch_idx``; ``seqlen_q`` and ``seqlen_kv`` are its lengths if dense, upper bounds if packed."""
@@ -41,9 +49,9 @@ def find_sequence(sequences, batch_idx, seqlen_q, seqlen_kv):
 
 @gluon.jit
 def row_offset(row_numbers, sequence, head_idx, row_idx):
-    """Where a number per query row of a head lies, in a contiguous [batch, heads, rows] (batch 1 if packed)."""
-    offset = gl.to_tensor(sequence.buffer_idx).to(gl.int64) * row_numbers.batch_stride
-    return offset + gl.to_tensor(head_idx).to(gl.int64) * row_numbers.head_stride + sequence.q_begin + row_idx
+    """Where the number of a query row of a head lies; the buffer of packed sequences has index 0."""
+    line = gl.to_tensor(sequence.buffer_idx * row_numbers.num_heads + head_idx).to(gl.int64)
+    return line * row_numbers.length + sequence.q_begin + row_idx
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ from flashtile.backends.hopper.primitives.online_softmax import INF, LOG2_E
 
 
 class HeadRules(NamedTuple):
-    """The score rules of one query head of one sequence; ``slope_log2`` is its ALiBi slope in powers of two per token."""
+    """The score rules of one query head of one sequence; its ALiBi slope is in powers of two per token."""
 
     rules: Any
     sequence: Any

@@ -174,11 +174,10 @@ def test_the_tables_have_a_row_for_every_problem() -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_plan_is_the_tables_row(head_dim: int, is_causal: bool) -> None:
-    problem = posed(head_dim=head_dim, causal=is_causal)
-    made = plan.plan(problem, H200)
+    made = plan.plan(posed(head_dim=head_dim, causal=is_causal, seqlen_q=100), H200)
     assert made.forward.tiles is plan._FORWARD[head_dim, is_causal][0][1]
     assert made.backward.tiles is plan._BACKWARD[head_dim]
-    narrower = posed(head_dim=head_dim - 1, head_dim_v=5, causal=is_causal)
+    narrower = posed(head_dim=head_dim - 1, head_dim_v=5, causal=is_causal, seqlen_q=100)
     assert plan.plan(narrower, H200).forward.tiles == made.forward.tiles
     for longest, tiles in plan._FORWARD[head_dim, is_causal]:
         longer = posed(head_dim=head_dim, causal=is_causal, seqlen_q=longest)

@@ -98,7 +98,7 @@ def tma_ready(tensor: Tensor) -> Tensor:
 
 
 def descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """Of tiles [1, 1, rows, cols] of the tokens, as [batch, heads, rows, columns], for tensors that are ``tma_ready``."""
+    """Of tiles [1, 1, rows, cols] of [batch, heads, tokens, columns], for tensors that are ``tma_ready``."""
     return _described(tensor, _tiled(tensor.shape, tensor.stride(), tensor.dtype, rows, cols))
 
 

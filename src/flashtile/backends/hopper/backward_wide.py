@@ -1,4 +1,4 @@
-"""Backward on Hopper for heads of 129 to 256: d_k and d_v do not fit into one warpgroup's registers, so each has its own.
+"""Backward on Hopper for heads of 129 to 256: d_k and d_v are too much for one warpgroup's registers; each has its own.
 
 Like ``backward``, with 64 keys per program and other consumers:
 

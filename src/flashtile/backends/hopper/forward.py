@@ -3,12 +3,12 @@
 | partition | does |
 |---|---|
 | ``load`` | one warp: Q tiles of a share, then its K and V tiles, the last first, as slots become free |
-| ``softmax_and_pv`` | four warps each: 64 rows of the block's queries; the product S of one tile runs beside P @ V of the tile before |
+| ``softmax_and_pv`` | four warps each: 64 of the queries; the product S of a tile runs beside P @ V of the one before |
 
 | name | what |
 |---|---|
 | q, k, v | channels of tiles [64, BLOCK_D], [BLOCK_KV, BLOCK_D], [BLOCK_KV, BLOCK_DV] in shared memory |
-| s, p | scores and unnormalised probabilities [64, BLOCK_KV] in registers, float32; ``p_operand`` in the inputs' dtype |
+| s, p | scores and unnormalised probabilities [64, BLOCK_KV] in registers, float32; ``p_operand`` in 16 bits |
 | max_log2, row_sums | softmax statistics: the maximum [64], and each thread's part of the sum [64, 4], float32 |
 | acc | the output before normalisation [64, BLOCK_DV] in registers, float32 |
 

@@ -13,7 +13,8 @@ the end out = acc / row_sum and lse = row_max + log(row_sum). Only one tile of s
 Backward (algorithm 2). The scores were never stored, so each tile is computed again; lse makes the probabilities exact
 at once, p = exp(s - lse), without a running maximum. With delta = rowsum(out * d_out) - d_lse the chain rule through
 the softmax is d_s = p * (d_p - delta), and the rest are products of tiles. The outer loop runs over tiles of keys, so
-that their d_k and d_v are summed on the spot; only d_q gathers its shares in memory.
+that their d_k and d_v are summed on the spot; only d_q gathers its shares in memory. They are summed as transposes
+(``_t``), for d_o.T @ p takes a tenth less time than p.T @ d_o, which turns the larger tile.
 
 Tiles of one sequence are [heads, rows, columns]. ``_by_kv_head`` folds the query heads that share a kv head into the
 rows, so grouped-query attention is one larger product and k, v are not repeated.
@@ -123,7 +124,7 @@ def _backward_sequence(
     for cols in _slices(0, sequence.seqlen_kv, blocks.block_kv):
         k = scratch.cast("k", k_all[:, cols], products)  # [heads_kv, BLOCK_KV, head_dim]
         v = scratch.cast("v", v_all[:, cols], products)
-        d_k, d_v = scratch.zeros("d_k", k.shape), scratch.zeros("d_v", v.shape)
+        d_k_t, d_v_t = scratch.zeros("d_k_t", k.mT.shape), scratch.zeros("d_v_t", v.mT.shape)  # like k.mT and v.mT
 
         for tile in _tiles_of_cols(rules, cols, blocks):
             rows = tile.rows
@@ -134,18 +135,18 @@ def _backward_sequence(
             slope = rules.slope_of_cap(s)
             p = _exp_(rules.biased_and_masked(s, tile), minus=lse_all[:, rows])
             p_dropped = _by_kv_head(scratch.cast("p", rules.dropped(p, tile), products), heads_kv)
-            d_v += scratch.product("share", p_dropped.mT, d_o)
+            d_v_t += scratch.product("share", d_o.mT, p_dropped)
             d_p = rules.dropped(_by_q_head(scratch.product("d_p", d_o, v.mT), heads_q), tile)
             d_s = p.mul_(d_p.sub_(delta_all[:, rows]))
             if "bias" in problem.gradients:
                 rules.add_bias_gradient(grads["bias"], d_s, tile)
             d_s = d_s if slope is None else d_s.mul_(slope)
-            d_s = _by_kv_head(scratch.cast("p", d_s, products), heads_kv)
-            d_k += scratch.product("share", d_s.mT, q)
+            d_s = _by_kv_head(scratch.cast("p", d_s, products), heads_kv)  # in the memory of p, which has done its work
+            d_k_t += scratch.product("share", q.mT, d_s)
             d_q_all[:, rows].add_(_by_q_head(scratch.product("share", d_s, k), heads_q))  # += would copy it onto itself
 
-        sequence.kv_rows(grads["k"])[:, cols] = d_k.mul_(problem.scale)  # s = scale * q @ k.T
-        sequence.kv_rows(grads["v"])[:, cols] = d_v
+        sequence.kv_rows(grads["k"])[:, cols] = d_k_t.mT.mul_(problem.scale)  # s = scale * q @ k.T
+        sequence.kv_rows(grads["v"])[:, cols] = d_v_t.mT
 
     sequence.q_rows(grads["q"])[:] = d_q_all.mul_(problem.scale)
     if operands.sinks is not None and "sinks" in problem.gradients:

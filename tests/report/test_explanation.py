@@ -51,7 +51,7 @@ def test_excerpts_are_lines_of_the_source() -> None:
 
 
 def test_an_excerpt_that_the_source_no_longer_has_is_an_error_that_names_it() -> None:
-    assert explanation.excerpt(tiled._slices, "return").startswith("return (_slice(idx")
+    assert explanation.excerpt(tiled._slices, "return").startswith("return (slice(start")
     with pytest.raises(LookupError, match="0 lines of _slices begin with 'no such line'"):
         explanation.excerpt(tiled._slices, "return", "no such line")
     with pytest.raises(LookupError, match="2 lines of _statistics_of_sinks begin with 'return'"):

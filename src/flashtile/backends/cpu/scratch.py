@@ -32,6 +32,10 @@ class Scratch:
             return tile
         return self._view(name, tile.shape, dtype).copy_(tile)
 
+    def zeros(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Zeros in the dtype of sums."""
+        return self._view(name, shape, self._dtype).zero_()
+
     def _view(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size, memory = math.prod(shape), self._memory.get((name, dtype))
         if memory is None or memory.numel() < size:

@@ -122,7 +122,8 @@ def test_unpadding_makes_the_host_wait_as_there() -> None:
 def test_compiled_on_a_gpu(name: str) -> None:
     t = Tensors.on("cuda", torch.bfloat16)
     results = []
-    for function in (ROUTES[name], compiled(ROUTES[name], "inductor")):
-        torch.manual_seed(6)
-        results.append(function(t, t.qkv))
+    with torch._inductor.config.patch(fallback_random=True):  # else dropout's seed is another than eager's
+        for function in (ROUTES[name], compiled(ROUTES[name], "inductor")):
+            torch.manual_seed(6)
+            results.append(function(t, t.qkv))
     torch.testing.assert_close(*results, rtol=0.02, atol=0.02)

@@ -74,7 +74,8 @@ def test_it_is_as_exact_as_the_formula(dtype: torch.dtype, device: str) -> None:
         for module in (flash, naive, exact)
     ]
     for name, actual in results[0].items():
-        scale = results[2][name].abs().max().item()
+        # What is added to all keys alike moves no probability: its gradient is exactly 0, and rounded like the next.
+        scale = results[2]["v_proj.bias" if name == "k_proj.bias" else name].abs().max().item()
         floor = 2 * torch.finfo(dtype).eps * scale  # the projections round as well, in an order of their own
         assert_within_budget(actual, exact=results[2][name], naive=results[1][name], floor=floor, name=name)
 

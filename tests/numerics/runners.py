@@ -43,6 +43,13 @@ NO_OPTIONS: dict[str, Any] = {
 }
 
 
+def with_leaves(call: Call) -> Call:
+    """The call on leaves of autograd that share its tensors' memory and strides."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.differentiable.items()}
+    options = call.options | {name: leaf for name, leaf in leaves.items() if name in call.options}
+    return Call(q=leaves["q"], k=leaves["k"], v=leaves["v"], options=options)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """A backend as users reach it, by name through the public functions."""
@@ -256,13 +263,6 @@ def assert_same(found: Tensor, expected: Tensor, runner: Runner, name: str) -> N
         rounding = 8 * torch.finfo(found.dtype).eps
         largest = expected[expected.isfinite()].abs().max().item()
         torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding * largest, msg=name)
-
-
-def with_leaves(call: Call) -> Call:
-    """The call on leaves of autograd that share its tensors' memory and strides."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.differentiable.items()}
-    options = call.options | {name: leaf for name, leaf in leaves.items() if name in call.options}
-    return Call(q=leaves["q"], k=leaves["k"], v=leaves["v"], options=options)
 
 
 def check(

@@ -48,7 +48,7 @@ def on_the_gpu() -> Iterator[None]:
         yield
 
 
-def wide(head_dim: int, **changes: Any) -> CallSpec:
+def wide(head_dim: int, /, **changes: Any) -> CallSpec:
     return replace(PLAIN, **({"head_dim": head_dim, "head_dim_v": head_dim} | changes))
 
 

@@ -219,4 +219,4 @@ def test_on_a_gpu_bytes_are_counted_or_the_reason_is_known() -> None:
     assert [row.status for row in results.rows] == ["ok"] * 4
     assert (results.counter is None) != (results.no_counter_reason is None)
     if results.counter is not None:
-        assert all(row.counted_bytes for row in results.rows)
+        assert all(row.counted_bytes is not None for row in results.rows)  # 0 where the L2 cache holds everything

@@ -39,6 +39,7 @@ from flashtile.backends.hopper.backward_parts import (
     clean,
     find_work,
     load,
+    num_readers,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -78,6 +79,7 @@ def attention_backward(
     BLOCK_D: gl.constexpr = q_desc.block_shape[3]
     BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
+    NUM_READERS: gl.constexpr = num_readers(sequences.cu_seqlens_q is not None)
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
     d_s_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], dtype)
@@ -86,9 +88,9 @@ def attention_backward(
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], v_layout),
         make_barriers(1, 1),
         make_barriers(1, 1),
-        make_barriers(1, 1),
-        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_CONSUMERS),
-        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_CONSUMERS),
+        make_barriers(NUM_STAGES, 1),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_READERS),
         gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], lse_log2_desc.layout),
         gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], delta_desc.layout),
         make_channel(gl.float32, NUM_CONSUMERS, ROWS, BLOCK_D // NUM_CONSUMERS, 1),
@@ -149,7 +151,7 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
-        wait_for_rows(call, channels, work, step, tile_idx)
+        wait_for_rows(call, channels, step)
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)

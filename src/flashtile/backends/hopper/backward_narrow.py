@@ -30,6 +30,7 @@ from flashtile.backends.hopper.backward_parts import (
     clean,
     find_work,
     load,
+    num_readers,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -73,6 +74,7 @@ def attention_backward_narrow(
     BLOCK_D: gl.constexpr = q_desc.block_shape[3]
     BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
+    NUM_READERS: gl.constexpr = num_readers(sequences.cu_seqlens_q is not None)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
     d_q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], gl.float32)
@@ -81,9 +83,9 @@ def attention_backward_narrow(
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], v_layout),
         make_barriers(1, 1),
         make_barriers(1, 1),
-        make_barriers(1, 1),
-        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_CONSUMERS),
-        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_CONSUMERS),
+        make_barriers(NUM_STAGES, 1),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_READERS),
         gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], lse_log2_desc.layout),
         gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], delta_desc.layout),
         gl.allocate_shared_memory(gl.float32, [NUM_D_Q_SLOTS, ROWS, BLOCK_D], d_q_layout),
@@ -138,7 +140,7 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
-        wait_for_rows(call, channels, work, step, tile_idx)
+        wait_for_rows(call, channels, step)
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
@@ -194,6 +196,7 @@ def add_up_d_q(call, channels, d_s, d_q_desc):
         barrier()
         tile.store(d_q)
         if call.sequences.cu_seqlens_q is not None:  # the tile may reach into the next sequence
+            barrier()
             zero_rows_from(tile, sequence.seqlen_q - row, 4)
         fence_async_shared()
         barrier()

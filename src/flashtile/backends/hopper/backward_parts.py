@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row
-from flashtile.backends.hopper.primitives.channel import claim, receive
+from flashtile.backends.hopper.primitives.channel import claim, receive, release
 from flashtile.backends.hopper.primitives.gluon_compat import tma_add, tma_load
 from flashtile.backends.hopper.primitives.masking import q_tiles
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from
@@ -117,6 +117,12 @@ def load(call, channels, loads):
         tma_load(d_out_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_DV]))
 
 
+@gluon.constexpr_function
+def num_readers(is_packed):
+    """Of the tiles of Q and d_out: the consumers and, for packed sequences, the warp that cleans them."""
+    return NUM_CONSUMERS.value + is_packed
+
+
 @gluon.jit
 def wait_for_keys(call, channels):
     """Until K and V have arrived, and hold nothing that does not belong to the sequence."""
@@ -127,12 +133,11 @@ def wait_for_keys(call, channels):
 
 
 @gluon.jit
-def wait_for_rows(call, channels, work, step, tile_idx):
+def wait_for_rows(call, channels, step):
     """Until the tiles of Q and d_out of a step, which have arrived, hold nothing behind the end of their sequence."""
     if call.sequences.cu_seqlens_kv is not None:
-        if (tile_idx + 1) * ROWS > work.sequence.seqlen_q:
-            head = step // work.num_tiles if call.heads.per_kv > 1 else 0
-            mbarrier.wait(channels.clean.index(0), head & 1)
+        num_slots: gl.constexpr = channels.clean.shape[0]
+        mbarrier.wait(channels.clean.index(step % num_slots), step // num_slots & 1)
 
 
 @gluon.jit
@@ -148,12 +153,15 @@ def clean(call, channels):
                 zero_rows_from(channels.k.index(part), num_keys - part * ROWS, 1)
                 zero_rows_from(channels.v.index(part), num_keys - part * ROWS, 1)
             mbarrier.arrive(channels.kv_clean.index(0), count=1)
-            num_rows = work.sequence.seqlen_q - (work.tiles.end - 1) * ROWS
-            if num_rows < ROWS:
-                for step in range(work.num_tiles - 1, work.num_steps, work.num_tiles):
-                    zero_rows_from(receive(channels.q, step), num_rows, 1)
-                    zero_rows_from(receive(channels.d_out, step), num_rows, 1)
-                    mbarrier.arrive(channels.clean.index(0), count=1)
+        for step in range(work.num_steps):
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            q, d_out = receive(channels.q, step), receive(channels.d_out, step)
+            num_rows = work.sequence.seqlen_q - tile_idx * ROWS
+            zero_rows_from(q, num_rows, 1)
+            zero_rows_from(d_out, num_rows, 1)
+            mbarrier.arrive(channels.clean.index(step % channels.clean.shape[0]), count=1)
+            release(channels.q, step)
+            release(channels.d_out, step)
 
 
 @gluon.jit

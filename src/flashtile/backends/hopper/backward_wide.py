@@ -32,6 +32,7 @@ from flashtile.backends.hopper.backward_parts import (
     clean,
     find_work,
     load,
+    num_readers,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -76,6 +77,7 @@ def attention_backward_wide(
     BLOCK_D: gl.constexpr = q_desc.block_shape[3]
     BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
+    NUM_READERS: gl.constexpr = num_readers(sequences.cu_seqlens_q is not None)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
     channels = Channels(
@@ -83,9 +85,9 @@ def attention_backward_wide(
         gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_DV], v_layout),
         make_barriers(1, 1),
         make_barriers(1, 1),
-        make_barriers(1, 1),
-        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_CONSUMERS),
-        make_channel(dtype, 1, ROWS, BLOCK_DV, NUM_CONSUMERS),
+        make_barriers(NUM_STAGES, 1),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
+        make_channel(dtype, 1, ROWS, BLOCK_DV, NUM_READERS),
         gl.allocate_shared_memory(gl.float32, [1, 1, ROWS], lse_log2_desc.layout),
         gl.allocate_shared_memory(gl.float32, [1, 1, ROWS], delta_desc.layout),
         make_channel(gl.float32, NUM_CONSUMERS, ROWS, d_q_desc.block_shape[3], 1),
@@ -131,7 +133,7 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
-        wait_for_rows(call, channels, work, step, tile_idx)
+        wait_for_rows(call, channels, step)
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
         lse_log2 = channels.lse_log2.index(0).reshape([ROWS]).load(cols_of(S))
@@ -170,9 +172,8 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
         wait_for_keys(call, channels)
 
     for step in range(work.num_steps):
-        tile_idx, _head_idx = tile_and_head(work, call, step)
         d_out = receive(channels.d_out, step)
-        wait_for_rows(call, channels, work, step, tile_idx)
+        wait_for_rows(call, channels, step)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
         delta = channels.delta.index(0).reshape([ROWS]).load(cols_of(S))
         q = receive(channels.q, step)

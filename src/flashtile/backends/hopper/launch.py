@@ -163,7 +163,7 @@ def _row_statistics(
     block_rows = max(8, min(STATISTICS_ROWS, 4096 // width_v))
     num_blocks = -(-problem.seqlen_q // STATISTICS_ROWS) * (STATISTICS_ROWS // block_rows)
     _ROW_STATISTICS(
-        (problem, d_out.stride(), d_lse is None, d_out.device.index),
+        (*_form(problem, None, (d_out,), operands), d_lse is None),
         (num_blocks * problem.heads_q * problem.batch,),
         (
             arguments.matrix(saved.out),
@@ -216,12 +216,15 @@ def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:
 
 
 def _form(
-    problem: AttentionProblem, tiles: TileConfig, streams: tuple[Tensor, ...], operands: Operands
+    problem: AttentionProblem, tiles: TileConfig | None, streams: tuple[Tensor, ...], operands: Operands
 ) -> tuple[Hashable, ...]:
     """All that a compiled kernel depends on; the streams have been made ready, so their addresses are aligned."""
     options = (operands.alibi_slopes, operands.sinks, operands.cu_seqlens_q, operands.cu_seqlens_kv)
-    alignments = (None if option is None else option.data_ptr() % arguments.ALIGNMENT_BYTES for option in options)
-    return (problem, tiles, streams[0].device.index, *(stream.stride() for stream in streams), *alignments)
+    forms = (
+        None if option is None else (option.dtype, option.stride(), option.data_ptr() % arguments.ALIGNMENT_BYTES)
+        for option in options
+    )
+    return (problem, tiles, streams[0].device.index, *(stream.stride() for stream in streams), *forms)
 
 
 def _counter(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Tensor | None:

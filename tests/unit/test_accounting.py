@@ -384,7 +384,7 @@ ON_CHIP: list[tuple[dict[str, Any], int]] = [
 @pytest.mark.parametrize(("options", "expected"), ON_CHIP, ids=[str(options) for options, _ in ON_CHIP])
 def test_triton_keeps_a_few_numbers_per_query_row(options: dict[str, Any], expected: int) -> None:
     shape: dict[str, Any] = {"batch": 2, "seqlen_q": 500, "seqlen_kv": 500, "heads_q": 4, "head_dim": 64, **options}
-    explanation = flashtile.explain(**shape, device="h200")
+    explanation = flashtile.explain(**shape, device="h200", backend="triton")
     assert explanation.plan is not None and explanation.plan.backend == "triton"
     forward, backward = (cost.tiled.extra_bytes for cost in explanation.costs)
     assert forward == 2 * 4 * shape["seqlen_q"] * 4  # the lse, without padding

@@ -112,12 +112,12 @@ def _run_marked(jobs: Sequence[Job], device: torch.device) -> None:
             run = kernels.runner(peers[name].prepare(tensors), case.direction, tensors)
             run()
             torch.cuda.synchronize(device)
-            nvtx.range_push(f"{_MARKER}{idx}")
+            marker = nvtx.range_start(f"{_MARKER}{idx}")  # of the process: autograd launches from a thread of its own
             profiler.start()
             run()
             torch.cuda.synchronize(device)
             profiler.stop()
-            nvtx.range_pop()
+            nvtx.range_end(marker)
         except Exception as error:
             if not timing.is_out_of_memory(error):
                 raise

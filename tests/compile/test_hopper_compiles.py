@@ -58,7 +58,7 @@ def test_every_row_of_the_tables(tmp_path: Path) -> None:
     found = compile_all("tables", tmp_path)
     assert PRODUCTS.keys() <= {row["kernel"] for row in found}
     for row in found:
-        if row["kernel"] == "attention_forward":
+        if row["kernel"].startswith(tuple(PRODUCTS)):
             assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flash_attn_routes import BATCH, HEAD_DIM, HEADS, MODULES, ROUTES, SEQLEN, STEPS, Block, Tensors
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from flashtile.integrations.flash_attn.bert_padding import pad_input, unpad_input
 
@@ -122,7 +123,7 @@ def test_unpadding_makes_the_host_wait_as_there() -> None:
 def test_compiled_on_a_gpu(name: str) -> None:
     t = Tensors.on("cuda", torch.bfloat16)
     results = []
-    with torch._inductor.config.patch(fallback_random=True):  # else dropout's seed is another than eager's
+    with inductor_config.patch(fallback_random=True):  # else dropout's seed is another than eager's
         for function in (ROUTES[name], compiled(ROUTES[name], "inductor")):
             torch.manual_seed(6)
             results.append(function(t, t.qkv))

@@ -89,7 +89,7 @@ def test_random_mixes(chunk: int) -> None:
 @pytest.mark.parametrize(("width", "is_causal"), plan._FORWARD, ids=str)
 def test_edges_of_every_tile(width: int, is_causal: bool) -> None:
     forward = [tiles for _, tiles in plan._FORWARD[width, is_causal]]
-    for block_q, block_kv in {(tiles.block_q, tiles.block_kv) for tiles in (*forward, plan._BACKWARD[width])}:
+    for block_q, block_kv in {(tiles.block_q, tiles.block_kv) for tiles in (*forward, *plan._BACKWARD.values())}:
         for seqlen_q in (1, block_q - 1, block_q, block_q + 1, 2 * block_q + 1):
             for seqlen_kv in (1, block_kv - 1, block_kv, block_kv + 1, 3 * block_kv + 1):
                 check(HOPPER, wide(width, lengths_q=(seqlen_q,), lengths_kv=(seqlen_kv,), causal=is_causal))

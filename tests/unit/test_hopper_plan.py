@@ -165,7 +165,10 @@ def test_explain_shows_why_triton_runs_instead(name: str) -> None:
 def test_the_tables_have_a_row_for_every_problem() -> None:
     found = {max(plan.widths(posed(head_dim=head_dim))) for head_dim in range(1, plan.LARGEST_HEAD_DIM + 1)}
     assert set(plan._FORWARD) == {(width, is_causal) for width in found for is_causal in (False, True)}
-    assert set(plan._BACKWARD) == found
+    kernels = {
+        plan.backward_kernel(posed(head_dim=width, softcap=softcap)) for width in found for softcap in (0.0, 20.0)
+    }
+    assert set(plan._BACKWARD) == kernels
     for steps in plan._FORWARD.values():
         lengths = [longest for longest, _ in steps]
         assert lengths == sorted(set(lengths)) and lengths[-1] == plan.LONGEST
@@ -176,7 +179,7 @@ def test_the_tables_have_a_row_for_every_problem() -> None:
 def test_the_plan_is_the_tables_row(head_dim: int, is_causal: bool) -> None:
     made = plan.plan(posed(head_dim=head_dim, causal=is_causal, seqlen_q=100), H200)
     assert made.forward.tiles is plan._FORWARD[head_dim, is_causal][0][1]
-    assert made.backward.tiles is plan._BACKWARD[head_dim]
+    assert made.backward.tiles is plan._BACKWARD[plan.backward_kernel(posed(head_dim=head_dim))]
     narrower = posed(head_dim=head_dim - 1, head_dim_v=5, causal=is_causal, seqlen_q=100)
     assert plan.plan(narrower, H200).forward.tiles == made.forward.tiles
     for longest, tiles in plan._FORWARD[head_dim, is_causal]:

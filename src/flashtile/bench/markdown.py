@@ -77,11 +77,13 @@ def _conditions(name: str, results: KernelResults) -> str:
     environment, ceilings = results.environment, results.ceilings
     commit = "no known commit" if environment.commit is None else f"commit {environment.commit[:12]}"
     products = [f"{three_digits(rate)} TFLOP/s in {dtype}" for dtype, rate in ceilings.matmul_tflops.items()]
+    backends = sorted({row.kernel.split("/")[0] for row in results.rows if row.kernel is not None})
     lines = [
         f"Result: [{name}](../benchmarks/results/{name}), {results.created_utc[:10]}, {commit}"
         + (" with changes on top" if environment.commit_is_dirty else "")
         + ("." if results.is_complete else "; the run was interrupted, and only its finished cases are here."),
         "Software: " + ", ".join(f"{part} {version}" for part, version in environment.versions.items()) + ".",
+        *([f"Backends that ran flashtile's rows: {listed(backends)}."] if backends else []),
         f"Ceilings in the same run: matrix product {listed(products)}; copy {three_digits(ceilings.copy_gb_per_s)} "
         f"GB/s. About {results.budget_s:g} s for each case; {environment.num_threads} host threads.",
         *(f"Option {_escaped(line)}" for line in options_used(results)),

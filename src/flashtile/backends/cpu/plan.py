@@ -14,7 +14,7 @@ FEW_HEADS = 4
 """A tile holds every head of a sequence; up to this many, the larger one stays in the cache."""
 LONG, WIDE = 1024, 64
 """Keys and head_dim from which bfloat16 tiles beat torch's fused op, given ``FEW_HEADS * LONG`` keys over all heads; by
-1.1x to 2.4x (benchmarks/results/cpu_epyc_2core.json). Below, the steps between the products cost more."""
+1.1x to 2.5x (benchmarks/results/cpu_epyc_2core.json). Below, the steps between the products cost more."""
 
 
 def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ Backward (algorithm 2). The scores were never stored, so each tile is computed a
 at once, p = exp(s - lse), without a running maximum. With delta = rowsum(out * d_out) - d_lse the chain rule through
 the softmax is d_s = p * (d_p - delta), and the rest are products of tiles. The outer loop runs over tiles of keys, so
 that their d_k and d_v are summed on the spot; only d_q gathers its shares in memory. They are summed as transposes
-(``_t``), for d_o.T @ p takes a tenth less time than p.T @ d_o, which turns the larger tile.
+(``_t``), for d_o.T @ p takes less time than p.T @ d_o, which turns the larger tile.
 
 Tiles of one sequence are [heads, rows, columns]. ``_by_kv_head`` folds the query heads that share a kv head into the
 rows, so grouped-query attention is one larger product and k, v are not repeated.

@@ -1,4 +1,4 @@
-"""Forward on Hopper: one warp loads tiles with TMA, two or three warpgroups compute (FlashAttention-3, algorithm 1).
+"""Forward on Hopper: one warp loads tiles with TMA, two or three warpgroups compute (FlashAttention-3, algorithm 2).
 
 | partition | does |
 |---|---|
@@ -191,7 +191,7 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
                 fill(v, step + i, v_desc, [sequence.buffer_idx, kv_head_idx, row, 0])
             step += num_tiles
             turn += 1
-        share_idx = next_share(call.schedule, share_idx)
+        share_idx = next_share(call.schedule)
     send_share(shares, turn, END)
 
 

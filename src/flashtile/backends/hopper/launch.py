@@ -35,12 +35,19 @@ from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
 _FORWARD = Launcher(attention_forward)
-_BACKWARD = Launcher(attention_backward)
-_BACKWARD_WIDE = Launcher(attention_backward_wide)
 _ROW_STATISTICS = Launcher(attention_row_statistics)
 _SCALE_D_Q = Launcher(attention_scale_d_q)
 
-_BACKWARD_NARROW = Launcher(attention_backward_narrow)
+_BACKWARD: dict[str, tuple[Launcher, dict[str, int]]] = {
+    "backward_narrow": (
+        Launcher(attention_backward_narrow),
+        {"CONSUMER_REGISTERS": 200, "D_Q_REGISTERS": 88, "LOADER_REGISTERS": 24},
+    ),
+    "backward": (Launcher(attention_backward), {"CONSUMER_REGISTERS": 240, "LOADER_REGISTERS": 24}),
+    "backward_wide": (Launcher(attention_backward_wide), {"CONSUMER_REGISTERS": 240, "LOADER_REGISTERS": 24}),
+}
+"""Kernel -> itself, and the registers of its partitions' threads."""
+
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers of a consumer's threads and of the loader's; in all 64 Ki for an SM."""
 
@@ -105,7 +112,7 @@ def backward(
         d_q_sum = _float32_zeros(q)
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
         d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
-        kernel, registers, num_pieces = _backward_kernel(problem)
+        kernel, registers = _BACKWARD[plan.backward.kernel]
         kernel(
             _form(problem, tiles, (q, k, v, d_out), operands),
             plan.backward.grid,
@@ -116,7 +123,7 @@ def backward(
                 arguments.descriptor(d_out, ROWS, width_v),
                 arguments.numbers_descriptor(lse_log2, ROWS),
                 arguments.numbers_descriptor(delta, ROWS),
-                arguments.descriptor(d_q_sum, ROWS, width // num_pieces),
+                arguments.descriptor(d_q_sum, ROWS, width // tiles.num_pieces),
                 arguments.matrix(d_k),
                 arguments.matrix(d_v),
                 problem.scale,
@@ -135,15 +142,6 @@ def backward(
         d_sinks = None if operands.sinks is None else _sink_gradient(operands.sinks, lse_log2, delta)
     found = {"q": d_q, "k": d_k, "v": d_v, "sinks": d_sinks}
     return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
-
-
-def _backward_kernel(problem: AttentionProblem) -> tuple[Launcher, dict[str, int], int]:
-    """The kernel for the heads' width, the registers of its partitions' threads, and the pieces of a tile of d_q."""
-    width = max(widths(problem))
-    if width <= 64 and not problem.softcap:  # tanh needs the registers that K and V would take
-        return _BACKWARD_NARROW, {"CONSUMER_REGISTERS": 200, "D_Q_REGISTERS": 88, "LOADER_REGISTERS": 24}, 1
-    registers = {"CONSUMER_REGISTERS": 240, "LOADER_REGISTERS": 24}
-    return (_BACKWARD, registers, 2) if width <= 128 else (_BACKWARD_WIDE, registers, 4)
 
 
 def _row_statistics(
@@ -227,10 +225,10 @@ def _form(
     return (problem, tiles, streams[0].device.index, *(stream.stride() for stream in streams), *forms)
 
 
-def _counter(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Tensor | None:
-    """Of the shares that programs take after their first one, if there are any."""
+def _counter(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Tensor:
+    """Of the shares that programs take after their first one; without any it is not worth a kernel to set it to 0."""
     has_more = num_q_tiles(problem, kernel.tiles) * problem.heads_q * problem.batch > kernel.grid[0]
-    return torch.zeros(1, dtype=torch.int32, device=device) if has_more else None
+    return (torch.zeros if has_more else torch.empty)(1, dtype=torch.int32, device=device)
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

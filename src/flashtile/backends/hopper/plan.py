@@ -42,7 +42,9 @@ class BackwardTiles(TileConfig):
     """``block_kv`` is 64 rows for each of two consumers, or for both where each has one of d_k and d_v."""
 
     num_stages: int
-    """Slots for tiles of Q, and for heads of up to 128 of d_out."""
+    """Slots for tiles of Q, and of d_out unless the heads are wide."""
+    num_pieces: int
+    """In so many, side by side, a tile of d_q is added to memory."""
 
 
 _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
@@ -65,14 +67,14 @@ _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
     (256, False): ((LONGEST, ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=True)),),
     (256, True): ((LONGEST, ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=True)),),
 }
-"""(width of the wider head, is causal) -> tiles for up to so many queries. docs/hopper.md has the measurements."""
+"""(width of the wider head, is causal) -> tiles for up to so many queries; see docs/kernels/hopper_forward.md."""
 
-_BACKWARD: dict[int, BackwardTiles] = {
-    64: BackwardTiles(block_q=64, block_kv=128, num_stages=3),
-    128: BackwardTiles(block_q=64, block_kv=128, num_stages=2),
-    256: BackwardTiles(block_q=64, block_kv=64, num_stages=2),
+_BACKWARD: dict[str, BackwardTiles] = {
+    "backward_narrow": BackwardTiles(block_q=64, block_kv=128, num_stages=3, num_pieces=1),
+    "backward": BackwardTiles(block_q=64, block_kv=128, num_stages=2, num_pieces=2),
+    "backward_wide": BackwardTiles(block_q=64, block_kv=64, num_stages=2, num_pieces=4),
 }
-"""Width of the wider head -> tiles."""
+"""Kernel -> tiles; measured in docs/kernels/hopper_backward.md."""
 
 
 def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
@@ -152,14 +154,24 @@ def _forward_tiles(problem: AttentionProblem) -> ForwardTiles:
 
 
 def _backward(problem: AttentionProblem) -> KernelPlan:
-    tiles = _BACKWARD[max(widths(problem))]
+    kernel = backward_kernel(problem)
+    tiles = _BACKWARD[kernel]
+    keys = f"{ROWS} keys" + (" each" if tiles.block_kv > ROWS else ", one for d_k and one for d_v")
     return KernelPlan(
-        kernel="backward",
+        kernel=kernel,
         tiles=tiles,
         grid=(-(-problem.seqlen_kv // tiles.block_kv) * problem.heads_kv * problem.batch,),
-        shared_memory_bytes=0,
-        reason=f"2 warpgroups of {ROWS} keys, {tiles.num_stages} stages",
+        shared_memory_bytes=backward_shared_memory_bytes(problem, tiles),
+        reason=f"2 warpgroups of {keys}, {tiles.num_stages} stages",
     )
+
+
+def backward_kernel(problem: AttentionProblem) -> str:
+    """By the width of the heads; tanh needs the registers that K and V of narrow ones would take."""
+    width = max(widths(problem))
+    if width <= 64 and not problem.softcap:
+        return "backward_narrow"
+    return "backward" if width <= 128 else "backward_wide"
 
 
 def num_q_tiles(problem: AttentionProblem, tiles: TileConfig) -> int:
@@ -193,3 +205,12 @@ def forward_shared_memory_bytes(problem: AttentionProblem, tiles: ForwardTiles) 
     (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
     columns_q = num_q_slots(problem) * width + out_columns(problem)
     return (tiles.block_q * columns_q + tiles.num_stages * tiles.block_kv * (width + width_v)) * itemsize
+
+
+def backward_shared_memory_bytes(problem: AttentionProblem, tiles: BackwardTiles) -> int:
+    """K and V, the slots of Q and d_out with their two numbers per row, d_q, and four squares of P and dS."""
+    (width, width_v), itemsize = backward_widths(problem), problem.dtype.itemsize
+    parts, is_wide = tiles.block_kv // ROWS, tiles.block_kv == ROWS
+    d_out_slots = 1 if is_wide else tiles.num_stages
+    columns = (parts + tiles.num_stages) * width + (parts + d_out_slots) * width_v + (3 if is_wide else 4) * ROWS
+    return ROWS * (columns * itemsize + 2 * (d_out_slots + width // tiles.num_pieces) * 4)

@@ -24,7 +24,7 @@ class Schedule(NamedTuple):
     num_heads: Any
     group: Any
     counter: Any
-    """How many shares were taken beyond the programs' first ones, 0 at the start; ``None`` if those are all."""
+    """How many shares were taken beyond the programs' first ones: 0 at the start; not read if those are all."""
 
 
 class Work(NamedTuple):
@@ -41,12 +41,12 @@ def num_shares(schedule):
 
 
 @gluon.jit
-def next_share(schedule, share_idx):
+def next_share(schedule):
     """The index of a program's next share; one that is not below ``num_shares`` does not exist."""
-    if schedule.counter is None:
-        return num_shares(schedule)
-    else:
-        return gl.num_programs(0) + gl.atomic_add(schedule.counter, 1, sem="relaxed")
+    share_idx = num_shares(schedule)
+    if share_idx > gl.num_programs(0):
+        share_idx = gl.num_programs(0) + gl.atomic_add(schedule.counter, 1, sem="relaxed")
+    return share_idx
 
 
 @gluon.jit

@@ -12,8 +12,7 @@ Pure functions of sizes; nothing is measured here. The models, in words:
   device memory. A kernel without that sum (``SplitBackward``) walks the tiles twice instead, and multiplies more.
 * Extra memory is the peak beyond inputs and results. For the naive formula it is that of flashtile's own ``naive``
   backend, which holds several score matrices at once and float32 copies of its operands.
-
-Packed problems cost what their lengths say; without lengths every sequence counts as the longest, an upper bound.
+* Packed problems cost what their lengths say; without lengths every sequence counts as the longest, an upper bound.
 """
 
 from __future__ import annotations
@@ -105,8 +104,7 @@ class Tiling:
     """Sequences whose d_q is summed up at a time, beside the result; None: all, and beside it only if it is 16-bit."""
     split: SplitBackward | None = None
     """How the backward avoids that sum; None if it does not."""
-    row_statistics: tuple[str, ...] = ("delta",)
-    """What a backward that is not split computes beforehand, one number per query row each."""
+    row_statistics: tuple[str, ...] = ("delta",)  # before a backward that is not split: one number per query row each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,11 +389,10 @@ def _within_reach(problem: AttentionProblem, length: int, num_rows: int) -> int:
 def _extra_backward(problem: AttentionProblem, tiling: Tiling) -> tuple[Term, ...]:
     """d_k and d_v are summed up in tiles, d_q and the gradient of a bias in memory."""
     itemsize, is_converted = problem.accumulation_dtype.itemsize, problem.dtype != problem.accumulation_dtype
-    rows = math.prod(problem.lse_shape)
+    numbers, rows = tiling.row_statistics, math.prod(problem.lse_shape)
     if tiling.sequences_at_once is not None:
         rows = min(rows, tiling.sequences_at_once * problem.heads_q * problem.seqlen_q)
-    statistics = tiling.row_statistics
-    terms = [Term(what=", ".join(statistics), num_bytes=len(statistics) * rows * itemsize)]
+    terms = [Term(what=", ".join(numbers), num_bytes=len(numbers) * rows * itemsize)]
     dtype = units.dtype_name(problem.accumulation_dtype)
     if is_converted or tiling.sequences_at_once is not None:
         terms.append(Term(what=f"{dtype} sums of d_q", num_bytes=rows * problem.head_dim * itemsize))

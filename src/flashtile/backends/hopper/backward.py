@@ -21,14 +21,8 @@ Source: Shah et al. 2024, "FlashAttention-3"; Dao 2023, "FlashAttention-2", algo
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flashtile.backends.hopper.backward_parts import (
     NUM_CONSUMERS,
@@ -40,12 +34,20 @@ from flashtile.backends.hopper.backward_parts import (
     find_work,
     load,
     num_readers,
+    row_numbers,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
 )
 from flashtile.backends.hopper.primitives import scores
 from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release
+from flashtile.backends.hopper.primitives.gluon_compat import (
+    jit,
+    static_range,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+    zeros,
+)
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.tiles import store_rows
@@ -53,7 +55,7 @@ from flashtile.backends.hopper.primitives.tiles import store_rows
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
 def attention_backward(
     q_desc,
     k_desc,
@@ -114,11 +116,10 @@ def attention_backward(
     )
 
 
-@gluon.jit
+@jit
 def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
-    NUM_STAGES: gl.constexpr = channels.q.tiles.shape[0]
     Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
@@ -135,10 +136,10 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
     has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
     unit_log2 = scores.unit_log2(call.rules)
-    d_k = gl.zeros([ROWS, BLOCK_D], gl.float32, DK)
-    d_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, DV)
-    no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
-    no_d_q = gl.zeros([ROWS, Q_COLS], gl.float32, DQ)
+    d_k = zeros([ROWS, BLOCK_D], gl.float32, DK)
+    d_v = zeros([ROWS, BLOCK_DV], gl.float32, DV)
+    no_s = zeros([ROWS, ROWS], gl.float32, S)
+    no_d_q = zeros([ROWS, Q_COLS], gl.float32, DQ)
     k, v = channels.k.index(part), channels.v.index(part)
     z = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
     if work.num_steps > 0:
@@ -146,7 +147,6 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
 
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
-        slot = step % NUM_STAGES
         q_begin = tile_idx * ROWS
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
@@ -155,13 +155,13 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        lse_log2 = channels.lse_log2.index(slot).reshape([ROWS]).load(cols_of(S))
+        lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
         s_t = warpgroup_mma_wait(1, deps=[s_token])
         is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
         s_t, capped_t = scores.scored(s_t, head, q_begin + q_idx, kv_pos, is_masked)
-        p_t = gl.exp2(gl.fma(s_t, gl.to_tensor(unit_log2), -gl.expand_dims(lse_log2, 0)))
+        p_t = scores.probabilities(s_t, unit_log2, lse_log2)
         p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
-        delta = channels.delta.index(slot).reshape([ROWS]).load(cols_of(S))
+        delta = row_numbers(channels.delta, step, cols_of(S))
         d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
         d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
         d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
@@ -194,12 +194,12 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
 
 
-@gluon.jit
+@jit
 def d_q_product(d_s, k, pair, part: gl.constexpr, no_d_q):
     """A half of the columns of dS @ K, over both consumers' keys."""
     Q_COLS: gl.constexpr = no_d_q.shape[1]
     token = no_d_q
-    for half in gl.static_range(NUM_CONSUMERS):
+    for half in static_range(NUM_CONSUMERS):
         k_half = k.index(half).slice(part * Q_COLS, Q_COLS, dim=1)
         token = warpgroup_mma(d_s.index(pair + half).permute((1, 0)), k_half, token, use_acc=half > 0, is_async=True)
     return token

@@ -12,15 +12,8 @@ Shared memory bounds the products of so narrow heads: an operand in registers is
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from flashtile.backends.hopper.backward_parts import (
     NUM_CONSUMERS,
@@ -31,13 +24,22 @@ from flashtile.backends.hopper.backward_parts import (
     find_work,
     load,
     num_readers,
+    row_numbers,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
 )
 from flashtile.backends.hopper.primitives import scores
 from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release, slot_to_fill
-from flashtile.backends.hopper.primitives.gluon_compat import barrier, tma_add
+from flashtile.backends.hopper.primitives.gluon_compat import (
+    barrier,
+    jit,
+    static_range,
+    tma_add,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+    zeros,
+)
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
@@ -47,7 +49,7 @@ NUM_D_S_SLOTS = gl.constexpr(4)
 NUM_D_Q_SLOTS = gl.constexpr(2)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
 def attention_backward_narrow(
     q_desc,
     k_desc,
@@ -109,11 +111,10 @@ def attention_backward_narrow(
     )
 
 
-@gluon.jit
+@jit
 def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
-    NUM_STAGES: gl.constexpr = channels.q.tiles.shape[0]
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
 
@@ -126,9 +127,9 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
     has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
     unit_log2 = scores.unit_log2(call.rules)
-    d_k = gl.zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
-    d_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
-    no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
+    d_k = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+    d_v = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+    no_s = zeros([ROWS, ROWS], gl.float32, S)
     if work.num_steps > 0:
         wait_for_keys(call, channels)
     k = channels.k.index(part).load(operand_layout(ROWS))
@@ -136,7 +137,6 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
 
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
-        slot = step % NUM_STAGES
         slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
@@ -144,13 +144,13 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        lse_log2 = channels.lse_log2.index(slot).reshape([ROWS]).load(cols_of(S))
+        lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
         s_t = warpgroup_mma_wait(1, deps=[s_token])
         is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
         s_t, capped_t = scores.scored(s_t, head, tile_idx * ROWS + q_idx, kv_pos, is_masked)
-        p_t = gl.exp2(gl.fma(s_t, gl.to_tensor(unit_log2), -gl.expand_dims(lse_log2, 0)))
+        p_t = scores.probabilities(s_t, unit_log2, lse_log2)
         p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
-        delta = channels.delta.index(slot).reshape([ROWS]).load(cols_of(S))
+        delta = row_numbers(channels.delta, step, cols_of(S))
         d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
         d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
         d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
@@ -174,24 +174,24 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
 
 
-@gluon.jit
+@jit
 def add_up_d_q(call, channels, d_s, d_q_desc):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     work = find_work(call, BLOCK_KV)
     sequence = work.sequence
-    no_d_q = gl.zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+    no_d_q = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
         token = no_d_q
-        for part in gl.static_range(NUM_CONSUMERS):
+        for part in static_range(NUM_CONSUMERS):
             d_s_part = receive(d_s, step * NUM_CONSUMERS + part)
             k = channels.k.index(part)
             token = warpgroup_mma(d_s_part.permute((1, 0)), k, token, use_acc=part > 0, is_async=True)
         d_q = warpgroup_mma_wait(0, deps=[token])
-        for part in gl.static_range(NUM_CONSUMERS):
+        for part in static_range(NUM_CONSUMERS):
             release(d_s, step * NUM_CONSUMERS + part)
         row = tile_idx * ROWS
-        tile = channels.d_q.index(step % NUM_D_Q_SLOTS)
+        tile = channels.d_q.index(step % channels.d_q.shape[0])
         tma.store_wait(NUM_D_Q_SLOTS - 1)
         barrier()
         tile.store(d_q)

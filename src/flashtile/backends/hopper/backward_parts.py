@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row
 from flashtile.backends.hopper.primitives.channel import claim, receive, release
-from flashtile.backends.hopper.primitives.gluon_compat import tma_add, tma_load
+from flashtile.backends.hopper.primitives.gluon_compat import constexpr_function, jit, static_range, tma_add, tma_load
 from flashtile.backends.hopper.primitives.masking import q_tiles
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from
 
@@ -60,7 +59,7 @@ class Channels(NamedTuple):
     d_q: Any
 
 
-@gluon.jit
+@jit
 def find_work(call, BLOCK_KV: gl.constexpr):
     """The program's share; one without keys has no steps."""
     num_kv_tiles = gl.cdiv(call.seqlen_kv, BLOCK_KV)
@@ -76,7 +75,7 @@ def find_work(call, BLOCK_KV: gl.constexpr):
     return Work(sequence, batch_idx, kv_head_idx, kv_begin, tiles, num_tiles, num_tiles * call.heads.per_kv)
 
 
-@gluon.jit
+@jit
 def tile_and_head(work, call, step):
     """(tile of queries, query head) of a step: tile after tile, head after head."""
     tile_idx, head_idx = work.tiles.begin + step, work.kv_head_idx
@@ -86,19 +85,18 @@ def tile_and_head(work, call, step):
     return tile_idx, head_idx
 
 
-@gluon.jit
+@jit
 def load(call, channels, loads):
     q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc = loads
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     NUM_PARTS: gl.constexpr = channels.k.shape[0]
-    NUM_SLOTS: gl.constexpr = channels.d_out.tiles.shape[0]
     work = find_work(call, NUM_PARTS * ROWS)
     sequence = work.sequence
     if work.num_steps > 0:
         kv_ready = channels.kv_ready.index(0)
         mbarrier.expect(kv_ready, NUM_PARTS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-        for part in gl.static_range(NUM_PARTS):
+        for part in static_range(NUM_PARTS):
             place = [sequence.buffer_idx, work.kv_head_idx, sequence.kv_begin + work.kv_begin + part * ROWS, 0]
             tma_load(k_desc, place, kv_ready, channels.k.index(part).reshape([1, 1, ROWS, BLOCK_D]))
             tma_load(v_desc, place, kv_ready, channels.v.index(part).reshape([1, 1, ROWS, BLOCK_DV]))
@@ -111,19 +109,19 @@ def load(call, channels, loads):
         tma_load(q_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_D]))
         tile, ready = claim(channels.d_out, step, d_out_desc.block_type.nbytes + numbers)
         number_row, number_col = statistics_row(call, sequence, work.batch_idx, head_idx, row)
-        slot = step % NUM_SLOTS
+        slot = step % channels.d_out.tiles.shape[0]
         tma_load(lse_log2_desc, [number_row, number_col], ready, channels.lse_log2.index(slot))
         tma_load(delta_desc, [number_row, number_col], ready, channels.delta.index(slot))
         tma_load(d_out_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_DV]))
 
 
-@gluon.constexpr_function
+@constexpr_function
 def num_readers(is_packed):
     """Of the tiles of Q and d_out: the consumers and, for packed sequences, the warp that cleans them."""
     return NUM_CONSUMERS.value + is_packed
 
 
-@gluon.jit
+@jit
 def wait_for_keys(call, channels):
     """Until K and V have arrived, and hold nothing that does not belong to the sequence."""
     if call.sequences.cu_seqlens_kv is None:
@@ -132,7 +130,7 @@ def wait_for_keys(call, channels):
         mbarrier.wait(channels.kv_clean.index(0), 0)
 
 
-@gluon.jit
+@jit
 def wait_for_rows(call, channels, step):
     """Until the tiles of Q and d_out of a step, which have arrived, hold nothing behind the end of their sequence."""
     if call.sequences.cu_seqlens_kv is not None:
@@ -140,7 +138,7 @@ def wait_for_rows(call, channels, step):
         mbarrier.wait(channels.clean.index(step % num_slots), step // num_slots & 1)
 
 
-@gluon.jit
+@jit
 def clean(call, channels):
     """Sets to 0 what lies behind a packed sequence in its tiles: it may be NaN, and 0 times NaN is NaN."""
     if call.sequences.cu_seqlens_kv is not None:
@@ -149,7 +147,7 @@ def clean(call, channels):
         if work.num_steps > 0:
             mbarrier.wait(channels.kv_ready.index(0), 0)
             num_keys = work.sequence.seqlen_kv - work.kv_begin
-            for part in gl.static_range(NUM_PARTS):
+            for part in static_range(NUM_PARTS):
                 zero_rows_from(channels.k.index(part), num_keys - part * ROWS, 1)
                 zero_rows_from(channels.v.index(part), num_keys - part * ROWS, 1)
             mbarrier.arrive(channels.kv_clean.index(0), count=1)
@@ -164,7 +162,14 @@ def clean(call, channels):
             release(channels.d_out, step)
 
 
-@gluon.jit
+@jit
+def row_numbers(numbers, step, layout: gl.constexpr):
+    """The lse_log2 or delta of a step's queries, which have come with the tile of d_out."""
+    num_slots: gl.constexpr = numbers.shape[0]
+    return numbers.index(step % num_slots).reshape([ROWS]).load(layout)
+
+
+@jit
 def add_d_q(call, channels, d_q_desc):
     """Adds d_q to memory piece by piece; a consumer has half of a tile's columns."""
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
@@ -175,8 +180,8 @@ def add_d_q(call, channels, d_q_desc):
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
         row = sequence.q_begin + tile_idx * ROWS
-        for piece in gl.static_range(NUM_PIECES):
-            for part in gl.static_range(NUM_CONSUMERS):
+        for piece in static_range(NUM_PIECES):
+            for part in static_range(NUM_CONSUMERS):
                 mbarrier.wait(channels.d_q.ready.index(part), (step * NUM_PIECES + piece) & 1)
                 tile = channels.d_q.tiles.index(part)
                 if call.sequences.cu_seqlens_q is not None:  # the tile may reach into the next sequence

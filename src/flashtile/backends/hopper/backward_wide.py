@@ -14,14 +14,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flashtile.backends.hopper.backward_parts import (
     NUM_CONSUMERS,
@@ -33,12 +27,20 @@ from flashtile.backends.hopper.backward_parts import (
     find_work,
     load,
     num_readers,
+    row_numbers,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
 )
 from flashtile.backends.hopper.primitives import scores
 from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release, slot_to_fill
+from flashtile.backends.hopper.primitives.gluon_compat import (
+    jit,
+    static_range,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+    zeros,
+)
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full
 from flashtile.backends.hopper.primitives.tiles import halves, store_rows
@@ -51,7 +53,7 @@ class Exchange(NamedTuple):
     d_s: Any
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
 def attention_backward_wide(
     q_desc,
     k_desc,
@@ -110,7 +112,7 @@ def attention_backward_wide(
     )
 
 
-@gluon.jit
+@jit
 def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     dtype: gl.constexpr = channels.q.tiles.dtype
@@ -121,8 +123,8 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
     kv_pos = work.kv_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
     q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
     unit_log2 = scores.unit_log2(call.rules)
-    d_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
-    no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
+    d_v = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+    no_s = zeros([ROWS, ROWS], gl.float32, S)
     k = channels.k.index(0)
     if work.num_steps > 0:
         wait_for_keys(call, channels)
@@ -136,12 +138,12 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
         wait_for_rows(call, channels, step)
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
-        lse_log2 = channels.lse_log2.index(0).reshape([ROWS]).load(cols_of(S))
+        lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
         s_t = warpgroup_mma_wait(0, deps=[s_token])
         release(channels.q, step)
         is_masked = not (is_full(work.tiles, tile_idx) & (num_keys >= ROWS))
         s_t, _capped = scores.scored(s_t, head, q_begin + q_idx, kv_pos, is_masked)
-        p_t = gl.exp2(gl.fma(s_t, gl.to_tensor(unit_log2), -gl.expand_dims(lse_log2, 0)))
+        p_t = scores.probabilities(s_t, unit_log2, lse_log2)
         p_t = p_t.to(dtype)  # rounded for the product with d_out, and for its way to the other consumer
         slot_to_fill(exchange.p, step).store(p_t)
         mbarrier.arrive(exchange.p.ready.index(0), count=1)
@@ -157,7 +159,7 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
 
 
-@gluon.jit
+@jit
 def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     dtype: gl.constexpr = channels.q.tiles.dtype
@@ -165,8 +167,8 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
     work = find_work(call, ROWS)
     sequence = work.sequence
     num_keys = sequence.seqlen_kv - work.kv_begin
-    d_k = gl.zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
-    no_s = gl.zeros([ROWS, ROWS], gl.float32, S)
+    d_k = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+    no_s = zeros([ROWS, ROWS], gl.float32, S)
     v = channels.v.index(0)
     if work.num_steps > 0:
         wait_for_keys(call, channels)
@@ -175,7 +177,7 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
         d_out = receive(channels.d_out, step)
         wait_for_rows(call, channels, step)
         d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        delta = channels.delta.index(0).reshape([ROWS]).load(cols_of(S))
+        delta = row_numbers(channels.delta, step, cols_of(S))
         q = receive(channels.q, step)
         p_t = receive(exchange.p, step).load(S).to(gl.float32)
         release(exchange.p, step)
@@ -196,21 +198,21 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
     store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM)
 
 
-@gluon.jit
+@jit
 def d_q_half(channels, exchange, step, part: gl.constexpr, other_token):
     """(token of dS @ K for one consumer's half of the columns, the token that it runs beside)."""
     HALF: gl.constexpr = channels.q.tiles.shape[2] // NUM_CONSUMERS
-    no_d_q = gl.zeros([ROWS, HALF], gl.float32, product_layout(HALF))
+    no_d_q = zeros([ROWS, HALF], gl.float32, product_layout(HALF))
     d_s = receive(exchange.d_s, step).permute((1, 0))
     k_half = channels.k.index(0).slice(part * HALF, HALF, dim=1)
     return warpgroup_mma(d_s, k_half, no_d_q, use_acc=False, is_async=True), other_token
 
 
-@gluon.jit
+@jit
 def send_d_q(channels, d_q, step, part: gl.constexpr):
     """Hands a half of d_q to ``add_d_q`` in two pieces, through one consumer's slot."""
     left, right = halves(d_q)
-    for piece in gl.static_range(2):
+    for piece in static_range(2):
         mbarrier.wait(channels.d_q.empty.index(part), ((2 * step + piece) & 1) ^ 1)
         tile = channels.d_q.tiles.index(part)
         tile.store(right if piece else left)

@@ -19,21 +19,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives import scores
 from flashtile.backends.hopper.primitives.addressing import RowNumbers, find_sequence, row_offset
 from flashtile.backends.hopper.primitives.channel import fill, make_channel, receive, release
-from flashtile.backends.hopper.primitives.gluon_compat import barrier, tma_store
+from flashtile.backends.hopper.primitives.gluon_compat import (
+    barrier,
+    constexpr_function,
+    jit,
+    static_range,
+    tma_store,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+    zeros,
+)
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import TileRange, is_full, kv_tiles
 from flashtile.backends.hopper.primitives.online_softmax import INF, finish, rescaled, softmax_step, thread_sums
@@ -48,7 +50,7 @@ from flashtile.backends.hopper.primitives.scheduling import (
     share,
 )
 from flashtile.backends.hopper.primitives.tiles import halves, store_rows, zero_rows_from
-from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
+from flashtile.backends.hopper.primitives.turns import next_in_turn, pass_turn, take_turn
 
 ROWS = gl.constexpr(constants.ROWS)
 
@@ -97,7 +99,7 @@ class Sums(NamedTuple):
     p_operand: Any
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_kv", "batch", "heads_per_group", "lse_length"])
+@jit(do_not_specialize=["seqlen_q", "seqlen_kv", "batch", "heads_per_group", "lse_length"])
 def attention_forward(
     q_desc,
     k_desc,
@@ -167,7 +169,7 @@ def attention_forward(
         )
 
 
-@gluon.jit
+@jit
 def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.constexpr):
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
     BLOCK_KV: gl.constexpr = k.tiles.shape[1]
@@ -181,7 +183,7 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
             tiles = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
             kv_head_idx = work.head_idx // call.heads.per_kv
             row = sequence.q_begin + block_begin
-            for part in gl.static_range(NUM_CONSUMERS):
+            for part in static_range(NUM_CONSUMERS):
                 place = [sequence.buffer_idx, work.head_idx, row + part * ROWS, 0]
                 fill(q, turn * NUM_CONSUMERS + part, q_desc, place)
             num_tiles = tiles.end - tiles.begin
@@ -195,7 +197,7 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
     send_share(shares, turn, END)
 
 
-@gluon.jit
+@jit
 def softmax_and_pv(
     part: gl.constexpr,
     call,
@@ -218,8 +220,8 @@ def softmax_and_pv(
 
     q_idx = gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
     kv_idx = gl.expand_dims(gl.arange(0, BLOCK_KV, cols_of(S)), 0)
-    no_s = gl.zeros([ROWS, BLOCK_KV], gl.float32, S)
-    next_part: gl.constexpr = (part + 1) % NUM_CONSUMERS if IN_TURN else None
+    no_s = zeros([ROWS, BLOCK_KV], gl.float32, S)
+    next_part: gl.constexpr = next_in_turn(part, NUM_CONSUMERS, IN_TURN)
     if IN_TURN:
         if next_part == 0:
             pass_turn(0)
@@ -251,7 +253,7 @@ def softmax_and_pv(
         no_max = gl.full([ROWS], -INF, gl.float32, rows_of(S))
         p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
         p_operand = gl.convert_layout(p.to(dtype), P)  # rounded for the product with V
-        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+        acc = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
         sums = Sums(max_log2, thread_sums(p, BLOCK_KV), acc, p_operand)
         if call.sequences.cu_seqlens_kv is not None:  # what lies behind a packed sequence may be NaN
             zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV, 4)
@@ -282,12 +284,12 @@ def softmax_and_pv(
         tma.store_wait(0)
 
 
-@gluon.jit
+@jit
 def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: gl.constexpr, next_part: gl.constexpr):
     """Takes one more tile of keys into the sums; its product S runs beside P @ V of the tile before."""
     BLOCK_KV: gl.constexpr = block.k.tiles.shape[1]
     dtype: gl.constexpr = block.q.dtype
-    no_s = gl.zeros([ROWS, BLOCK_KV], gl.float32, product_layout(BLOCK_KV))
+    no_s = zeros([ROWS, BLOCK_KV], gl.float32, product_layout(BLOCK_KV))
     k_t = receive(block.k, step).permute((1, 0))
     if next_part is not None:
         take_turn(part)
@@ -311,20 +313,20 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
     return Sums(max_log2, row_sums, acc, p_operand)
 
 
-@gluon.jit
+@jit
 def release_q(block, tile_idx):
     """Gives the tile of Q back as soon as the scores of the last tile of keys are there."""
     if tile_idx == block.last_tile:
         mbarrier.arrive(block.q_empty, count=1)
 
 
-@gluon.jit
+@jit
 def store_out(results, part: gl.constexpr, out, buffer_idx, head_idx, row):
     """Stores a tile of the output by TMA, in pieces as wide as the descriptor's."""
     COLS: gl.constexpr = results.desc.block_shape[3]
     tile = results.tiles.index(part)
     pieces = (out,) if out.shape[1] == COLS else halves(out)
-    for i in gl.static_range(len(pieces)):
+    for i in static_range(len(pieces)):
         tma.store_wait(0)
         barrier()
         tile.store(pieces[i])
@@ -333,7 +335,7 @@ def store_out(results, part: gl.constexpr, out, buffer_idx, head_idx, row):
         tma_store(results.desc, [buffer_idx, head_idx, row, i * COLS], tile.reshape([1, 1, ROWS, COLS]))
 
 
-@gluon.jit
+@jit
 def skip(k, v, step, part: gl.constexpr, next_part: gl.constexpr):
     """Lets a tile of keys and values pass."""
     if next_part is not None:
@@ -345,7 +347,7 @@ def skip(k, v, step, part: gl.constexpr, next_part: gl.constexpr):
     release(v, step)
 
 
-@gluon.jit
+@jit
 def visited_tiles(window, sequence, q_begin, NUM_ROWS: gl.constexpr, BLOCK_KV: gl.constexpr):
     """The kv tiles that a block of queries visits: those that it sees, and at least one."""
     seqlen_q, seqlen_kv = sequence.seqlen_q, sequence.seqlen_kv
@@ -354,7 +356,7 @@ def visited_tiles(window, sequence, q_begin, NUM_ROWS: gl.constexpr, BLOCK_KV: g
     return TileRange(tiles.begin, tiles.full_begin, tiles.full_end, gl.maximum(tiles.end, tiles.begin + 1))
 
 
-@gluon.jit
+@jit
 def after(sums, part: gl.constexpr):
     """The sums, once all threads of the partition have theirs.
 
@@ -364,7 +366,7 @@ def after(sums, part: gl.constexpr):
     return gl.inline_asm_elementwise(after_asm(part), "=f,f", [sums], dtype=gl.float32, is_pure=False, pack=1)
 
 
-@gluon.constexpr_function
+@constexpr_function
 def after_asm(part):
     first_free_barrier = 11
     count = "{ .reg .b32 c; shr.u32 c, $1, 31; mad.lo.u32 c, c, 128, 128; "

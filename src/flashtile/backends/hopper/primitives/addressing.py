@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper import constants
+from flashtile.backends.hopper.primitives.gluon_compat import jit
 
 STATISTICS_ROWS = gl.constexpr(constants.STATISTICS_ROWS)
 
@@ -34,7 +34,7 @@ class RowNumbers(NamedTuple):
     length: Any
 
 
-@gluon.jit
+@jit
 def find_sequence(sequences, batch_idx, seqlen_q, seqlen_kv):
     """The sequence ``batch_idx``; ``seqlen_q`` and ``seqlen_kv`` are its lengths if dense, upper bounds if packed."""
     if sequences.cu_seqlens_q is None:
@@ -47,14 +47,14 @@ def find_sequence(sequences, batch_idx, seqlen_q, seqlen_kv):
         return Sequence(0, q_begin, kv_begin, q_end - q_begin, kv_end - kv_begin)
 
 
-@gluon.jit
+@jit
 def row_offset(row_numbers, sequence, head_idx, row_idx):
     """Where the number of a query row of a head lies; the buffer of packed sequences has index 0."""
     line = gl.to_tensor(sequence.buffer_idx * row_numbers.num_heads + head_idx).to(gl.int64)
     return line * row_numbers.length + sequence.q_begin + row_idx
 
 
-@gluon.jit
+@jit
 def statistics_row(call, sequence, batch_idx, head_idx, row):
     """[head, row] of the backward's number for one query row; see ``STATISTICS_ROWS``."""
     if call.sequences.cu_seqlens_q is None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashtile.backends.hopper.primitives.gluon_compat import tma_load
+from flashtile.backends.hopper.primitives.gluon_compat import jit, static_range, tma_load
 
 
 class Channel(NamedTuple):
@@ -23,16 +22,16 @@ class Channel(NamedTuple):
     empty: Any
 
 
-@gluon.jit
+@jit
 def make_barriers(NUM_SLOTS: gl.constexpr, NUM_ARRIVALS: gl.constexpr):
     """One barrier for each slot; a phase ends with the last of NUM_ARRIVALS."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(NUM_SLOTS):
+    for slot in static_range(NUM_SLOTS):
         mbarrier.init(barriers.index(slot), count=NUM_ARRIVALS)
     return barriers
 
 
-@gluon.jit
+@jit
 def make_channel(
     dtype: gl.constexpr,
     NUM_SLOTS: gl.constexpr,
@@ -45,7 +44,7 @@ def make_channel(
     return Channel(tiles, make_barriers(NUM_SLOTS, 1), make_barriers(NUM_SLOTS, NUM_READERS))
 
 
-@gluon.jit
+@jit
 def slot_to_fill(channel, step):
     """The slot of a step for a writer that stores it itself, as soon as it is free; it then arrives at ``ready``."""
     num_slots: gl.constexpr = channel.tiles.shape[0]
@@ -54,7 +53,7 @@ def slot_to_fill(channel, step):
     return channel.tiles.index(slot)
 
 
-@gluon.jit
+@jit
 def claim(channel, step, NUM_BYTES: gl.constexpr):
     """(tile, barrier) of a step for the writer, as soon as the slot is free; NUM_BYTES will arrive at the barrier."""
     num_slots: gl.constexpr = channel.tiles.shape[0]
@@ -64,7 +63,7 @@ def claim(channel, step, NUM_BYTES: gl.constexpr):
     return tile, ready
 
 
-@gluon.jit
+@jit
 def fill(channel, step, desc, place):
     """Loads the tile at ``place`` of a rank-4 descriptor into the slot of a step."""
     rows: gl.constexpr = channel.tiles.shape[1]
@@ -73,7 +72,7 @@ def fill(channel, step, desc, place):
     tma_load(desc, place, ready, tile.reshape([1, 1, rows, cols]))
 
 
-@gluon.jit
+@jit
 def receive(channel, step):
     """A reader's tile of a step, once it has arrived."""
     num_slots: gl.constexpr = channel.tiles.shape[0]
@@ -82,7 +81,7 @@ def receive(channel, step):
     return channel.tiles.index(slot)
 
 
-@gluon.jit
+@jit
 def release(channel, step):
     """A reader is done with the tile of a step."""
     num_slots: gl.constexpr = channel.tiles.shape[0]

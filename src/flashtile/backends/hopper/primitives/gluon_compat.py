@@ -1,33 +1,49 @@
-"""The names of Gluon that differ between Triton 3.6 and 3.9, bound once."""
+"""The names of Gluon that differ between Triton 3.6 and 3.9, and those whose types mislead a checker, bound once.
+
+Gluon's own annotations describe what its compiler sees: a jitted function cannot be called, constants are no numbers.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia import hopper
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+jit: Any = gluon.jit
+constexpr_function: Any = gluon.constexpr_function
+static_range: Any = gl.static_range
+zeros: Any = gl.zeros
+full_like: Any = gl.full_like
+inline_asm: Any = gl.inline_asm_elementwise
+warpgroup_mma: Any = hopper.warpgroup_mma
+warpgroup_mma_wait: Any = hopper.warpgroup_mma_wait
+
+barrier: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)
 """All threads of the partition wait for each other."""
 
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-    reinterpreted = gl.shared_memory_descriptor.reinterpret
-    """The same bytes of shared memory with another dtype, shape and layout."""
-else:
-    reinterpreted = gl.shared_memory_descriptor._reinterpret
+_descriptor: Any = gl.shared_memory_descriptor
+reinterpreted: Any = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
+"""The same bytes of shared memory with another dtype, shape and layout."""
 
-if hasattr(tma, "async_load"):
-    tma_load, tma_store = tma.async_load, tma.async_store
-else:
-    tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+_tma: Any = hopper.tma
+tma_load: Any = getattr(_tma, "async_load", None) or _tma.async_copy_global_to_shared
+tma_store: Any = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_global
 
-if hasattr(tma, "async_atomic_add"):
-    tma_add = tma.async_atomic_add
-else:
+
+def _tma_add() -> Any:
     from triton._C.libtriton import ir
 
     @builtin
-    def tma_add(tensor_desc, coord, src, _semantic=None):
-        """Adds a tile in shared memory to one in global memory, element by element, asynchronously."""
+    def add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+    return add
+
+
+tma_add: Any = getattr(_tma, "async_atomic_add", None) or _tma_add()
+"""Adds a tile in shared memory to one in global memory, element by element, asynchronously."""

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from flashtile.backends.hopper.primitives.gluon_compat import constexpr_function
 
-@gluon.constexpr_function
+
+@constexpr_function
 def product_layout(num_cols):
     """Of a product [64, num_cols] in float32."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, num_cols, 16])
 
 
-@gluon.constexpr_function
+@constexpr_function
 def operand_layout(num_cols):
     """Of a left operand in registers, for a product of ``num_cols`` columns."""
     return gl.DotOperandLayout(operand_index=0, parent=product_layout(num_cols), k_width=2)
 
 
-@gluon.constexpr_function
+@constexpr_function
+def number_layout(num_warps):
+    """Of one number for each lane, the same in every warp."""
+    return gl.BlockedLayout([1], [32], [num_warps], [0])
+
+
+@constexpr_function
+def plain_layout():
+    """Of numbers side by side in shared memory."""
+    return gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+
+@constexpr_function
 def rows_of(layout):
     """Of one number per row of a tile in ``layout``."""
     return gl.SliceLayout(1, layout)
 
 
-@gluon.constexpr_function
+@constexpr_function
 def cols_of(layout):
     """Of one number per column of a tile in ``layout``."""
     return gl.SliceLayout(0, layout)

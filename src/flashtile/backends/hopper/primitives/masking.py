@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from flashtile.backends.hopper.primitives.gluon_compat import jit
 
 
 class TileRange(NamedTuple):
@@ -17,7 +18,7 @@ class TileRange(NamedTuple):
     end: Any
 
 
-@gluon.jit
+@jit
 def kv_tiles(window, seqlen_q, seqlen_kv, q_begin, q_end, BLOCK_KV: gl.constexpr):
     """The kv tiles that the query rows [q_begin, q_end) visit."""
     offset = seqlen_kv - seqlen_q
@@ -30,7 +31,7 @@ def kv_tiles(window, seqlen_q, seqlen_kv, q_begin, q_end, BLOCK_KV: gl.constexpr
     return _tile_range(any_begin, all_begin, all_end, any_end, seqlen_kv, BLOCK_KV)
 
 
-@gluon.jit
+@jit
 def q_tiles(window, seqlen_q, seqlen_kv, kv_begin, kv_end, BLOCK_Q: gl.constexpr):
     """The query tiles that see something of the keys [kv_begin, kv_end)."""
     offset = seqlen_kv - seqlen_q
@@ -43,7 +44,7 @@ def q_tiles(window, seqlen_q, seqlen_kv, kv_begin, kv_end, BLOCK_Q: gl.constexpr
     return _tile_range(any_begin, all_begin, all_end, any_end, seqlen_q, BLOCK_Q)
 
 
-@gluon.jit
+@jit
 def _tile_range(any_begin, all_begin, all_end, any_end, length, BLOCK: gl.constexpr):
     any_begin = gl.minimum(gl.maximum(any_begin, 0), length)
     all_begin = gl.minimum(gl.maximum(all_begin, 0), length)
@@ -57,13 +58,13 @@ def _tile_range(any_begin, all_begin, all_end, any_end, length, BLOCK: gl.conste
     return TileRange(begin, full_begin, full_end, end)
 
 
-@gluon.jit
+@jit
 def is_full(tiles, tile_idx):
     """Whether every pair of the tile is visible."""
     return (tile_idx >= tiles.full_begin) & (tile_idx < tiles.full_end)
 
 
-@gluon.jit
+@jit
 def is_visible(window, q_pos, kv_pos, seqlen_q, seqlen_kv):
     """Whether each query sees each key; positions broadcast against each other, and keys beyond the end are hidden."""
     aligned = q_pos + (seqlen_kv - seqlen_q)

@@ -8,23 +8,24 @@ it (Dao 2023, algorithm 1).
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper import constants
+from flashtile.backends.hopper.primitives.gluon_compat import full_like, jit
+from flashtile.backends.hopper.primitives.layouts import rows_of
 
 LOG2_E = gl.constexpr(constants.LOG2_E)
 LN_2 = gl.constexpr(1 / constants.LOG2_E)
 INF = gl.constexpr(float("inf"))
 
 
-@gluon.jit
+@jit
 def guarded(log2_value):
     """-inf replaced by 0, so that exp2(-inf - guarded(-inf)) is 0 and not NaN."""
     return gl.where(log2_value == -INF, 0.0, log2_value)
 
 
-@gluon.jit
+@jit
 def softmax_step(s, max_log2, unit_log2):
     """Takes one more tile of scores into the running maximum.
 
@@ -42,26 +43,26 @@ def softmax_step(s, max_log2, unit_log2):
     return p, new_max, gl.exp2(max_log2 - shift)
 
 
-@gluon.jit
+@jit
 def thread_sums(p, BLOCK_KV: gl.constexpr):
     """[64, 4]: what each of the four threads that share a row has of its sum."""
     return gl.sum(gl.sum(p.reshape([64, BLOCK_KV // 8, 4, 2]), 3), 1)
 
 
-@gluon.jit
+@jit
 def rescaled(sums, rescale):
     """Sums per row (and thread or column) at the new maximum."""
-    layout: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    layout: gl.constexpr = rows_of(sums.type.layout)
     return sums * gl.expand_dims(gl.convert_layout(rescale, layout), 1)
 
 
-@gluon.jit
+@jit
 def finish(max_log2, row_sum, sink_ptr, head_idx):
     """The factor that turns the accumulator into the output, and the lse, both [64] float32.
 
     A sink is one more key, with a score and no value. A row without key and sink gets (0, -inf).
     """
-    rescale = gl.full_like(row_sum, 1.0)
+    rescale = full_like(row_sum, 1.0)
     if sink_ptr is not None:
         sink_log2 = gl.load(sink_ptr + head_idx).to(gl.float32) * LOG2_E
         total_max = gl.maximum(max_log2, sink_log2)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper.primitives.channel import Channel, make_barriers, receive, release, slot_to_fill
+from flashtile.backends.hopper.primitives.gluon_compat import jit
+from flashtile.backends.hopper.primitives.layouts import number_layout, plain_layout
 
 NUM_SLOTS = gl.constexpr(2)
 END = gl.constexpr(-1)
@@ -35,12 +36,12 @@ class Work(NamedTuple):
     batch_idx: Any
 
 
-@gluon.jit
+@jit
 def num_shares(schedule):
     return schedule.num_tiles * schedule.num_heads
 
 
-@gluon.jit
+@jit
 def next_share(schedule):
     """The index of a program's next share; one that is not below ``num_shares`` does not exist."""
     share_idx = num_shares(schedule)
@@ -49,7 +50,7 @@ def next_share(schedule):
     return share_idx
 
 
-@gluon.jit
+@jit
 def share(schedule, share_idx, heads_per_sequence, LAST_FIRST: gl.constexpr):
     """The share of an index below ``num_shares``.
 
@@ -67,25 +68,25 @@ def share(schedule, share_idx, heads_per_sequence, LAST_FIRST: gl.constexpr):
     return Work(tile_idx, head % heads_per_sequence, head // heads_per_sequence)
 
 
-@gluon.jit
+@jit
 def make_share_channel(NUM_READERS: gl.constexpr):
     """Tells the other partitions of a program which share comes next."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    layout: gl.constexpr = plain_layout()
     numbers = gl.allocate_shared_memory(gl.int32, [NUM_SLOTS, 1], layout)
     return Channel(numbers, make_barriers(NUM_SLOTS, 1), make_barriers(NUM_SLOTS, NUM_READERS))
 
 
-@gluon.jit
+@jit
 def send_share(shares, turn, share_idx):
     """From one warp; ``END`` is sent last."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    layout: gl.constexpr = number_layout(1)
     slot_to_fill(shares, turn).store(gl.full([1], 0, gl.int32, layout) + share_idx)
     mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
 
 
-@gluon.jit
+@jit
 def receive_share(shares, turn):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    layout: gl.constexpr = number_layout(4)
     share_idx = gl.max(receive(shares, turn).load(layout), 0)
     release(shares, turn)
     return share_idx

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from flashtile.backends.hopper.primitives.gluon_compat import jit
 from flashtile.backends.hopper.primitives.masking import is_visible
 from flashtile.backends.hopper.primitives.online_softmax import INF, LOG2_E
 
@@ -23,7 +23,7 @@ class HeadRules(NamedTuple):
     slope_log2: Any
 
 
-@gluon.jit
+@jit
 def unit_log2(rules):
     """What turns the scores of ``scored`` into powers of two; positive."""
     if rules.softcap is None and rules.alibi is None:
@@ -32,7 +32,7 @@ def unit_log2(rules):
         return 1.0
 
 
-@gluon.jit
+@jit
 def scored(product, head, q_pos, kv_pos, is_masked):
     """(scores, tanh) of a tile of products; ``tanh`` is that of the softcap, which its gradient needs, or the product.
 
@@ -57,7 +57,13 @@ def scored(product, head, q_pos, kv_pos, is_masked):
     return s, capped
 
 
-@gluon.jit
+@jit
+def probabilities(s, unit_log2, lse_log2):
+    """Of scores from ``scored`` with queries as columns, whose lse is known."""
+    return gl.exp2(gl.fma(s, gl.to_tensor(unit_log2), -gl.expand_dims(lse_log2, 0)))
+
+
+@jit
 def slope_log2(rules, batch_idx, head_idx):
     """The head's ALiBi slope, in powers of two per token; 0 without ALiBi."""
     if rules.alibi is None:
@@ -67,7 +73,7 @@ def slope_log2(rules, batch_idx, head_idx):
         return gl.load(rules.alibi.ptr + offset).to(gl.float32) * LOG2_E
 
 
-@gluon.jit
+@jit
 def tanh(x):
     """tanh, to float32's precision at 0 too, where 1 - 2 / (exp(2 x) + 1) would lose it."""
     square = x * x

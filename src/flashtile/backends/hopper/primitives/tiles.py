@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashtile.backends.hopper.primitives.gluon_compat import barrier, reinterpreted
-from flashtile.backends.hopper.primitives.layouts import cols_of, rows_of
+from flashtile.backends.hopper.primitives.gluon_compat import barrier, jit, reinterpreted, static_range, zeros
+from flashtile.backends.hopper.primitives.layouts import cols_of, number_layout, plain_layout, rows_of
 
 
-@gluon.jit
+@jit
 def zero_rows_from(tile, num_rows, NUM_WARPS: gl.constexpr):
     """Sets the rows of a tile in shared memory to 0 from ``num_rows`` on: 0 times NaN would be NaN.
 
@@ -18,24 +17,24 @@ def zero_rows_from(tile, num_rows, NUM_WARPS: gl.constexpr):
     """
     NUM_ROWS: gl.constexpr = tile.shape[0]
     NUM_BLOCKS: gl.constexpr = tile.shape[1] * tile.dtype.primitive_bitwidth // 1024
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    layout: gl.constexpr = plain_layout()
     if num_rows < NUM_ROWS:
         rows = reinterpreted(tile, gl.int32, [NUM_BLOCKS * NUM_ROWS, 32], layout)
-        zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+        nothing = zeros([32], gl.int32, number_layout(NUM_WARPS))
         for row in range(gl.maximum(num_rows, 0), NUM_ROWS):
-            for block in gl.static_range(NUM_BLOCKS):
-                rows.index(block * NUM_ROWS + row).store(zeros)
+            for block in static_range(NUM_BLOCKS):
+                rows.index(block * NUM_ROWS + row).store(nothing)
         fence_async_shared()
         barrier()
 
 
-@gluon.jit
+@jit
 def halves(tile):
     """The left and the right half of a tile in registers."""
     return tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
-@gluon.jit
+@jit
 def store_rows(matrix, tile, batch_idx, head_idx, row_idx, num_rows, NUM_COLS: gl.constexpr):
     """Stores the first ``num_rows`` rows and NUM_COLS columns of a tile in registers, from row ``row_idx`` on."""
     layout: gl.constexpr = tile.type.layout

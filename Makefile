@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum pyproject.toml requirements-dev.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench performance report explanation format clean
+.PHONY: demo test check bench performance support report explanation format clean
 
 demo: $(READY)
 	$(BIN)/flashtile demo $(ARGS)
@@ -33,6 +33,9 @@ bench: $(READY)
 
 performance: $(READY)
 	$(BIN)/python scripts/performance_page.py
+
+support: $(READY)
+	$(BIN)/python scripts/support_page.py
 
 report: $(READY)
 	$(BIN)/flashtile report benchmarks/results/*.json --out out/report.html

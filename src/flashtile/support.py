@@ -68,13 +68,13 @@ class SupportMatrix:
         lines = [
             "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table
         ]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *self._legend()])
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *self.legend()])
 
     def _table(self) -> list[list[str]]:
         return [["feature", *self.devices], *([row.feature, *map(str, row.cells)] for row in self.rows)]
 
-    def _legend(self) -> Iterator[str]:
-        """What the entries mean, in the backends' own words."""
+    def legend(self) -> Iterator[str]:
+        """What the entries mean, a sentence each, in the backends' own words."""
         yield "An entry is the backend/kernel that backend='auto' picks; '-' where no backend takes the feature."
         picked: dict[str, dict[str, None]] = {}  # entry -> its reasons, in order and without repetition
         declined: dict[str, dict[str, None]] = {}

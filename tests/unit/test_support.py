@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -136,3 +140,13 @@ def test_json_has_every_reason() -> None:
 def test_an_unknown_device_is_named() -> None:
     with pytest.raises(InvalidArgument, match="h300"):
         flashtile.support_matrix(["h300"])
+
+
+def test_the_page_is_what_the_backends_say(tmp_path: Path) -> None:
+    """In a process of its own: Triton's interpreter, which these tests run under, takes CPU tensors."""
+    root, out = Path(__file__).parents[2], tmp_path / "support.md"
+    settings = ("TRITON_INTERPRET", "FLASHTILE_BACKEND")
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    subprocess.run([sys.executable, root / "scripts" / "support_page.py", "--out", out], env=environment, check=True)
+    stored = (root / "docs" / "support.md").read_text(encoding="utf-8")
+    assert stored == out.read_text(encoding="utf-8"), "run 'make support'"

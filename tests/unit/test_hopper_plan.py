@@ -9,6 +9,7 @@ import torch
 
 import flashtile
 from flashtile import UnsupportedProblem, dispatch
+from flashtile.backends import gpu
 from flashtile.backends.hopper import constants, plan
 from flashtile.spec import devices, sizes
 from flashtile.spec.devices import DEVICES
@@ -124,12 +125,12 @@ def test_a_missing_triton_is_declined_where_there_is_a_gpu(
     has_gpu: bool, has_triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda _name: object() if has_triton else None)
-    plan._lacks_triton.cache_clear()
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _name: object() if has_triton else None)
+    gpu.lacks_triton.cache_clear()
     try:
         reasons = plan.rejects(posed(), H200)
     finally:
-        plan._lacks_triton.cache_clear()
+        gpu.lacks_triton.cache_clear()
     assert len(reasons) == (has_gpu and not has_triton)
     assert all("pip install triton" in reason for reason in reasons)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, float32
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashtile.backends.gpu import Slopes, Softcap, Window, slopes, softcap, window
 from flashtile.backends.hopper.constants import LOG2_E
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -34,30 +35,6 @@ class Matrix(NamedTuple):
     row_stride: Any
 
 
-class Slopes(NamedTuple):
-    """The ALiBi slope of each head, [batch, heads]."""
-
-    ptr: Any
-    batch_stride: Any
-    head_stride: Any
-
-
-class Softcap(NamedTuple):
-    """``cap * tanh(score / cap)``, with the factors that the kernel needs."""
-
-    scale_by_cap: Any
-    """scale / cap: from the product q @ k.T to tanh's argument."""
-    cap_log2: Any
-    """cap * log2(e)"""
-
-
-class Window(NamedTuple):
-    """How far a query sees to each side of its aligned position; ``None`` means unlimited."""
-
-    left: Any
-    right: Any
-
-
 class ScoreRules(NamedTuple):
     """Everything between the product q @ k.T and the probabilities that are multiplied with V."""
 
@@ -69,20 +46,6 @@ class ScoreRules(NamedTuple):
     end: None = None
     """Always ``None``: Triton 3.6 forgets compile-time numbers (a stride of 1) in tuples of a tuple that come after the
     last ``None`` of the outer one."""
-
-
-class Sequences(NamedTuple):
-    """Where the sequences of the batch lie: side by side (dense, both ``None``), or between boundaries (packed)."""
-
-    cu_seqlens_q: Any
-    cu_seqlens_kv: Any
-
-
-class Heads(NamedTuple):
-    """``num_q`` query heads, of which ``per_kv`` share each key/value head."""
-
-    num_q: Any
-    per_kv: Any
 
 
 def tma_ready(tensor: Tensor) -> Tensor:
@@ -153,17 +116,9 @@ def matrix(tensor: Tensor) -> Matrix:
 
 def score_rules(problem: AttentionProblem, operands: Operands) -> ScoreRules:
     """The problem's options, with the tensors that they come with."""
-    slopes = operands.alibi_slopes
     return ScoreRules(
         scale_log2=problem.scale * LOG2_E,
-        window=_window(problem),
-        softcap=Softcap(problem.scale / problem.softcap, problem.softcap * LOG2_E) if problem.softcap else None,
-        alibi=None if slopes is None else Slopes(slopes, *((0, *slopes.stride())[-2:])),
+        window=window(problem),
+        softcap=softcap(problem),
+        alibi=slopes(operands),
     )
-
-
-def _window(problem: AttentionProblem) -> Window:
-    """Reaches beyond the sequences are cut to where they still reach everything, so that positions fit into 32 bits."""
-    farthest = problem.seqlen_q + problem.seqlen_kv
-    left, right = problem.mask.left, problem.mask.right
-    return Window(None if left is None else min(left, farthest), None if right is None else min(right, farthest))

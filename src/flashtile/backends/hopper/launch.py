@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved, TileConfig
+from flashtile.backends.gpu import Heads, Sequences, device_of
 from flashtile.backends.hopper import arguments
-from flashtile.backends.hopper.arguments import Heads, Sequences, tma_ready
+from flashtile.backends.hopper.arguments import tma_ready
 from flashtile.backends.hopper.backward import attention_backward
 from flashtile.backends.hopper.backward_narrow import attention_backward_narrow
 from flashtile.backends.hopper.backward_wide import attention_backward_wide
@@ -63,7 +62,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
         lse.fill_(-math.inf)
     (width, width_v), columns = widths(problem), out_columns(problem)
     consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
-    with _device_of(q):
+    with device_of(q):
         _FORWARD(
             _form(problem, tiles, (q, k, v), operands),
             plan.forward.grid,
@@ -107,7 +106,7 @@ def backward(
     d_out = saved.out.new_zeros(saved.out.shape) if d_out is None else d_out
     q, k, v, d_out = (tma_ready(tensor) for tensor in (operands.q, operands.k, operands.v, d_out))
     width, width_v = backward_widths(problem)
-    with _device_of(q):
+    with device_of(q):
         lse_log2, delta = _row_statistics(problem, operands, saved, d_out, d_lse)
         d_q_sum = _float32_zeros(q)
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
@@ -229,8 +228,3 @@ def _counter(problem: AttentionProblem, kernel: KernelPlan, device: torch.device
     """Of the shares that programs take after their first one; without any it is not worth a kernel to set it to 0."""
     has_more = num_q_tiles(problem, kernel.tiles) * problem.heads_q * problem.batch > kernel.grid[0]
     return (torch.zeros if has_more else torch.empty)(1, dtype=torch.int32, device=device)
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
+from flashtile.backends import gpu
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
 from flashtile.backends.hopper.constants import ROWS
 from flashtile.spec import units
@@ -108,15 +107,9 @@ def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
 def _rejects_device(device: DeviceSpec) -> tuple[str, ...]:
     if device.kind != "cuda" or device.compute_capability != CAPABILITY:
         return (f"runs on Hopper GPUs (compute capability 9.0), these tensors are on {device.name}",)
-    if _lacks_triton():
+    if gpu.lacks_triton():
         return ("Triton is not installed; torch's GPU wheels bring it on Linux, else: pip install triton",)
     return ()
-
-
-@lru_cache(maxsize=1)
-def _lacks_triton() -> bool:
-    """Whether this machine has a GPU but no Triton; without a GPU, plans are made for other machines."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is None
 
 
 def plan(problem: AttentionProblem, device: DeviceSpec) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile.backends.gpu import Slopes, Softcap, Window, slopes, softcap, window
 from flashtile.backends.triton.constants import FARTHEST_ROWS, LOG2_E, STATISTICS_ROWS
 from flashtile.spec.dropout import drop_threshold
 from flashtile.spec.operands import Operands
@@ -50,36 +51,12 @@ class Statistics(NamedTuple):
     head_stride: Any
 
 
-class Slopes(NamedTuple):
-    """The ALiBi slope of each head, [batch, heads]."""
-
-    ptr: Any
-    batch_stride: Any
-    head_stride: Any
-
-
-class Softcap(NamedTuple):
-    """``cap * tanh(score / cap)``, with the factors that the kernel needs."""
-
-    scale_by_cap: Any
-    """scale / cap: from the product q @ k.T to tanh's argument."""
-    cap_log2: Any
-    """cap * log2(e)"""
-
-
 class Dropout(NamedTuple):
     """The seed's address, the words below which a pair is dropped, and the factor of the survivors, 1 / (1 - p)."""
 
     seed_ptr: Any
     threshold: Any
     survivor_scale: Any
-
-
-class Window(NamedTuple):
-    """How far a query sees to each side of its aligned position; ``None`` means unlimited."""
-
-    left: Any
-    right: Any
 
 
 class ScoreRules(NamedTuple):
@@ -96,20 +73,6 @@ class ScoreRules(NamedTuple):
     end: None = None
     """Always ``None``: Triton 3.6 forgets compile-time numbers (a stride of 1) in tuples of a tuple that come after the
     last ``None`` of the outer one."""
-
-
-class Sequences(NamedTuple):
-    """Where the sequences of the batch lie: side by side (dense, both ``None``), or between boundaries (packed)."""
-
-    cu_seqlens_q: Any
-    cu_seqlens_kv: Any
-
-
-class Heads(NamedTuple):
-    """``num_q`` query heads, of which ``per_kv`` share each key/value head."""
-
-    num_q: Any
-    per_kv: Any
 
 
 def token_matrix(tensor: Tensor) -> Matrix:
@@ -147,22 +110,14 @@ def score_rules(problem: AttentionProblem, operands: Operands) -> ScoreRules:
     if is_plain and problem.scale <= 0:
         # Without these options the kernels find each row's maximum before they scale, which needs a positive scale.
         bias = torch.zeros((), device=operands.q.device)
-    slopes = operands.alibi_slopes
     return ScoreRules(
         scale_log2=problem.scale * LOG2_E,
-        window=_window(problem),
-        softcap=Softcap(problem.scale / problem.softcap, problem.softcap * LOG2_E) if problem.softcap else None,
+        window=window(problem),
+        softcap=softcap(problem),
         bias=None if bias is None else pair_matrix(bias, problem),
         mask=None if operands.mask is None else pair_matrix(operands.mask, problem),
-        alibi=None if slopes is None else Slopes(slopes, *((0, *slopes.stride())[-2:])),
+        alibi=slopes(operands),
         dropout=None
         if operands.dropout_seed is None
         else Dropout(operands.dropout_seed, drop_threshold(problem.dropout_p), 1 / (1 - problem.dropout_p)),
     )
-
-
-def _window(problem: AttentionProblem) -> Window:
-    """Reaches beyond the sequences are cut to where they still reach everything, so that positions fit into 32 bits."""
-    farthest = problem.seqlen_q + problem.seqlen_kv
-    left, right = problem.mask.left, problem.mask.right
-    return Window(None if left is None else min(left, farthest), None if right is None else min(right, farthest))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
+from flashtile.backends.gpu import Heads, Sequences, device_of
 from flashtile.backends.triton import arguments
-from flashtile.backends.triton.arguments import Heads, Matrix, Sequences, Statistics
+from flashtile.backends.triton.arguments import Matrix, Statistics
 from flashtile.backends.triton.backward import attention_backward_kv, attention_backward_q, attention_row_statistics
 from flashtile.backends.triton.bias_gradient import attention_bias_gradient
 from flashtile.backends.triton.constants import LOG2_E
@@ -28,7 +28,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
-    with _device_of(q):
+    with device_of(q):
         _launch(
             attention_forward,
             plan.forward,
@@ -51,7 +51,7 @@ def backward(
     if d_out is None:
         d_out = saved.out.new_zeros(()).expand(saved.out.shape)
     kernels = {kernel.kernel: kernel for kernel in (plan.backward, *plan.backward.companions)}
-    with _device_of(operands.q):
+    with device_of(operands.q):
         statistics = _row_statistics(problem, operands, saved, d_out, d_lse, kernels["row_statistics"])
         recomputed = (*_qkv(operands), arguments.token_matrix(d_out), *statistics)
         rules, sizes, dims = arguments.score_rules(problem, operands), _sizes(problem, operands), _dims(problem)
@@ -196,8 +196,3 @@ def _empty_gradient(problem: AttentionProblem, tensor: Tensor) -> Tensor:
     """Contiguous and not filled, but for rows that no kernel visits: those of packed buffers outside all sequences."""
     make = torch.zeros if problem.layout == "varlen" else torch.empty
     return make(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
 from flashtile import settings
+from flashtile.backends import gpu
 from flashtile.backends.base import KernelPlan, Plan
 from flashtile.backends.triton.constants import FARTHEST_ROWS, STATISTICS_ROWS
 from flashtile.backends.triton.tiles import GpuTiles, family, kernels_of, tiles_for, widths
@@ -69,15 +68,9 @@ def _rejects_device(device: DeviceSpec) -> tuple[str, ...]:
     if device.compute_capability is not None and device.compute_capability < (8, 0):
         major, minor = device.compute_capability
         return (f"needs compute capability 8.0 or newer, {device.name} has {major}.{minor}",)
-    if _lacks_triton():
+    if gpu.lacks_triton():
         return ("Triton is not installed; torch's GPU wheels bring it on Linux, else: pip install triton",)
     return ()
-
-
-@lru_cache(maxsize=1)
-def _lacks_triton() -> bool:
-    """Whether this machine has a GPU but no Triton; without a GPU, plans are made for other machines."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is None
 
 
 def plan(problem: AttentionProblem, device: DeviceSpec) -> Plan:

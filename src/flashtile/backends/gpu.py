@@ -1,0 +1,85 @@
+"""What the backends for GPUs have in common: options as named tuples, and questions about the machine.
+
+Imports no Triton: plans are made on any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile.spec.operands import Operands
+from flashtile.spec.problem import AttentionProblem
+
+
+class Slopes(NamedTuple):
+    """The ALiBi slope of each head, [batch, heads]."""
+
+    ptr: Any
+    batch_stride: Any
+    head_stride: Any
+
+
+class Softcap(NamedTuple):
+    """``cap * tanh(score / cap)``, with the factors that the kernel needs."""
+
+    scale_by_cap: Any
+    """scale / cap: from the product q @ k.T to tanh's argument."""
+    cap_log2: Any
+    """cap * log2(e)"""
+
+
+class Window(NamedTuple):
+    """How far a query sees to each side of its aligned position; ``None`` means unlimited."""
+
+    left: Any
+    right: Any
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of the batch lie: side by side (dense, both ``None``), or between boundaries (packed)."""
+
+    cu_seqlens_q: Any
+    cu_seqlens_kv: Any
+
+
+class Heads(NamedTuple):
+    """``num_q`` query heads, of which ``per_kv`` share each key/value head."""
+
+    num_q: Any
+    per_kv: Any
+
+
+def window(problem: AttentionProblem) -> Window:
+    """Reaches beyond the sequences are cut to where they still reach everything, so that positions fit into 32 bits."""
+    farthest = problem.seqlen_q + problem.seqlen_kv
+    left, right = problem.mask.left, problem.mask.right
+    return Window(None if left is None else min(left, farthest), None if right is None else min(right, farthest))
+
+
+def softcap(problem: AttentionProblem) -> Softcap | None:
+    """With scores as powers of two."""
+    return Softcap(problem.scale / problem.softcap, problem.softcap * math.log2(math.e)) if problem.softcap else None
+
+
+def slopes(operands: Operands) -> Slopes | None:
+    """[heads] are those of every sequence."""
+    found = operands.alibi_slopes
+    return None if found is None else Slopes(found, *((0, *found.stride())[-2:]))
+
+
+@lru_cache(maxsize=1)
+def lacks_triton() -> bool:
+    """Whether this machine has a GPU but no Triton; without a GPU, plans are made for other machines."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is None
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -58,6 +58,8 @@ class Backend:
     device: str
     declines: tuple[torch.dtype, ...] = ()
     """Dtypes that it does not take; ``check`` asks for the next best in their place."""
+    scores_dtype: torch.dtype = torch.float32
+    """What it rounds scores to; CPU products of 16-bit tiles have 16-bit results."""
 
     def forward(self, call: Call) -> Tensor:
         """out, differentiable if the call's tensors are."""
@@ -151,6 +153,7 @@ class Kernel:
     tiles: TileConfig
     device: str = "cpu"
     declines: tuple[torch.dtype, ...] = ()
+    scores_dtype: torch.dtype = torch.float32
 
     def forward_with_lse(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse), without a graph for autograd."""
@@ -218,7 +221,7 @@ CPU = Backend(name="cpu", device="cpu")
 NAIVE = Backend(name="naive", device="cpu")
 SMALL_TILES = TileConfig(block_q=8, block_kv=16)
 TILED = Kernel(backend="cpu", kernel="tiled", tiles=SMALL_TILES)
-TILED_16BIT = Kernel(backend="cpu", kernel="tiled_16bit", tiles=SMALL_TILES)
+TILED_16BIT = Kernel(backend="cpu", kernel="tiled_16bit", tiles=SMALL_TILES, scores_dtype=torch.bfloat16)
 FUSED = Kernel(backend="cpu", kernel="torch_fused", tiles=SMALL_TILES)
 TRITON = Backend(name="triton", device="cuda", declines=(torch.float64,))
 HOPPER = PartialBackend(name="hopper", device="cuda", declines=(torch.float64, torch.float32))
@@ -277,7 +280,9 @@ def check(
     d_out, d_lse = d_out if has_d_out else None, d_lse if has_d_lse else None
     with poisoned_allocations():
         results = runner.run(call, d_out, d_lse)
-    assert_results_within_budget(results, call, d_out=d_out, d_lse=d_lse, is_small=is_small)
+    assert_results_within_budget(
+        results, call, d_out=d_out, d_lse=d_lse, is_small=is_small, scores_dtype=runner.scores_dtype
+    )
     assert_dtypes(results, call)
     if spec.unused_rows:
         for name in ("q", "k", "v"):

@@ -16,13 +16,20 @@ from torch import Tensor
 from flashtile.testing.oracle import Call, Weights, per_query_head, weights_of_sequences
 
 
-def rounding_errors(call: Call, *, d_out: Tensor | None = None, d_lse: Tensor | None = None) -> dict[str, float]:
+def rounding_errors(
+    call: Call,
+    *,
+    d_out: Tensor | None = None,
+    d_lse: Tensor | None = None,
+    scores_dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
     """One rounding of the summands of each result of a call, as one absolute error per result.
 
     Args:
         call: the arguments.
         d_out: the gradient of out; None stands for zeros.
         d_lse: the gradient of lse; None stands for zeros.
+        scores_dtype: what a kernel rounds a score to, where the inputs are not finer.
 
     Returns:
         Absolute errors by result: out, lse, d_q, d_k, d_v, and d_bias and d_sinks if the call has them.
@@ -49,7 +56,7 @@ def rounding_errors(call: Call, *, d_out: Tensor | None = None, d_lse: Tensor | 
         largest["d_sinks"] = _largest(d_sinks)
 
     eps = torch.finfo(call.q.dtype).eps
-    eps_of_scores = min(eps, torch.finfo(torch.float32).eps)  # kernels keep scores in float32 at least
+    eps_of_scores = min(eps, torch.finfo(scores_dtype).eps)
     return {name: (eps + eps_of_scores * largest_score) * total for name, total in largest.items()}
 
 

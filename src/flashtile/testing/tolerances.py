@@ -22,6 +22,7 @@ def assert_results_within_budget(
     d_out: Tensor | None = None,
     d_lse: Tensor | None = None,
     is_small: bool = False,
+    scores_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Raises unless out, lse and every gradient in ``actual`` keep the numerics contract for ``call``.
 
@@ -36,6 +37,7 @@ def assert_results_within_budget(
         d_out: the gradient of out that the kernel's backward received; None stands for zeros.
         d_lse: the gradient of lse that the kernel's backward received; None stands for zeros.
         is_small: judge the largest error only, for problems of so few numbers that their mean is luck as well.
+        scores_dtype: what the kernel rounds a score to; the naive formula rounds it to the dtype of the inputs.
 
     Raises:
         AssertionError: the first result that breaks the contract, and how.
@@ -47,7 +49,7 @@ def assert_results_within_budget(
     """
     exact = reference(call, d_out=d_out, d_lse=d_lse).named()
     naive = _naive(call, d_out, d_lse).named()
-    floors = rounding_errors(call, d_out=d_out, d_lse=d_lse)
+    floors = rounding_errors(call, d_out=d_out, d_lse=d_lse, scores_dtype=scores_dtype)
     for name, result in actual.named().items():
         assert_within_budget(result, exact=exact[name], naive=naive[name], floor=floors.get(name, 0.0), name=name)
         if not is_small:

@@ -10,20 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from variants_process import MOST_SPILLED_BYTES, NEWEST, as_table, check_memory, needs_newest, variants
+from variants_process import NEWEST, as_table, check_memory, needs_newest, variants
 
 from flashtile.spec import devices
 
-MOST_SPILLED_WITH_OPTIONS = 1024
+MOST_SPILLED = 96
+"""Bytes. One row spills more than 64: the causal backward for 128, around its loop; in it a thread reads two words."""
+MOST_SPILLED_WITH_OPTIONS = 1536
 MOST_SPILLED_BY_THE_NEWEST = 2048
 """Bytes that rarer calls may spill, and calls with another Triton than the one that the tiles were measured with."""
 MOST_BESIDE_TILES = 1024
 """Bytes of shared memory for barriers and single numbers, beyond the tiles that the planner counts."""
-PRODUCTS = {"attention_forward": (2, 2), "attention_backward": (3, 2)}
+PRODUCTS = {
+    "attention_forward": (2, 2),
+    "attention_backward_narrow": (3, 2),
+    "attention_backward": (4, 2),
+    "attention_backward_wide": (3.5, 2),
+}
 """How often a program holds a product of two tiles that is as deep, or as wide, as a head of K; and as one of V.
 
 Forward: Q @ K.T before the loop and in it; P @ V in it and behind it. Backward: Q @ K.T, dS @ K, dS.T @ Q; d_out @ V.T,
-P.T @ d_out, whichever of the backward kernels it is. What is not here multiplies no tiles.
+P.T @ d_out; who is a step behind with dS @ K has it behind the loop too. What is not here multiplies no tiles.
 """
 COLUMNS = {
     "variant": 24,
@@ -39,7 +46,7 @@ COLUMNS = {
 
 
 def compile_all(
-    variant_set: str, cache: Path, *, most_spilled: int = MOST_SPILLED_BYTES, triton_path: Path | None = None
+    variant_set: str, cache: Path, *, most_spilled: int = MOST_SPILLED, triton_path: Path | None = None
 ) -> list[dict[str, Any]]:
     """Compiles a set of variants, prints and checks what their kernels need and are made of."""
     found = variants("hopper_variants.py", variant_set, cache=cache, triton_path=triton_path)
@@ -47,7 +54,7 @@ def compile_all(
     print(table)
     for row in found:
         assert not row["warnings"], f"ptxas serialises the asynchronous products of {row}"
-        of_k, of_v = next((each for name, each in PRODUCTS.items() if row["kernel"].startswith(name)), (0, 0))
+        of_k, of_v = PRODUCTS.get(row["kernel"], (0, 0))
         columns = of_k * row["width"] + of_v * row["width_v"]
         assert row["multiplications"] == row["block_q"] * row["block_kv"] * columns, f"other products in {row}"
     check_memory(found, table, most_shared=devices.by_name("h200").shared_memory_bytes, most_spilled=most_spilled)
@@ -58,7 +65,7 @@ def test_every_row_of_the_tables(tmp_path: Path) -> None:
     found = compile_all("tables", tmp_path)
     assert PRODUCTS.keys() <= {row["kernel"] for row in found}
     for row in found:
-        if row["kernel"].startswith(tuple(PRODUCTS)):
+        if row["kernel"] in PRODUCTS:
             assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"
 
 

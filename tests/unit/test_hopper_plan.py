@@ -251,6 +251,17 @@ def test_the_keys_and_values_of_a_group_fit_into_the_cache(heads_q: int, heads_k
     assert group == 4 * heads_q or not fits_whole
 
 
+@pytest.mark.parametrize("num_kv_tiles", [1, 4, 32, 131, 132, 133, 10_000])
+@pytest.mark.parametrize("batch", [1, 100])
+def test_the_backward_ends_with_heads_that_give_every_multiprocessor_a_tile(batch: int, num_kv_tiles: int) -> None:
+    problem = posed(batch=batch, heads_q=8, heads_kv=2, causal=True)
+    together = plan.heads_together(problem, num_kv_tiles, H200)
+    assert 1 <= together <= 2 * batch
+    assert together == 2 * batch or together * num_kv_tiles >= H200.num_sms
+    assert together == 1 or (together - 1) * num_kv_tiles < H200.num_sms
+    assert plan.heads_together(posed(batch=batch), num_kv_tiles, H200) == 1
+
+
 # --- shared memory ----------------------------------------------------------------------------------------------------
 
 

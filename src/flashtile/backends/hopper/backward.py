@@ -7,7 +7,6 @@ Scores are transposed, keys as rows, so that P and dS feed the products for d_v 
 |---|---|
 | ``load`` | one warp: the tiles of K and V, then Q, d_out and the statistics of each tile of queries |
 | ``gradients`` | two times four warps: 64 keys each; S, dP, d_v and d_k of its keys, and its half of the tile's d_q |
-| ``add_d_q`` | one warp: adds finished tiles of d_q to memory, in float32 |
 | ``clean`` | one warp, for packed sequences: what lies behind their ends must not be NaN |
 
 | name | what |
@@ -22,28 +21,31 @@ Source: Shah et al. 2024, "FlashAttention-3"; Dao 2023, "FlashAttention-2", algo
 from __future__ import annotations
 
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from flashtile.backends.hopper.backward_parts import (
     NUM_CONSUMERS,
     ROWS,
     Call,
     Channels,
+    Order,
     add_d_q,
     clean,
+    d_q_product,
     find_work,
     load,
     num_readers,
+    release_parts,
     row_numbers,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
 )
 from flashtile.backends.hopper.primitives import scores
-from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release
+from flashtile.backends.hopper.primitives.addressing import Sums
+from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release, send
 from flashtile.backends.hopper.primitives.gluon_compat import (
     jit,
-    static_range,
     warpgroup_mma,
     warpgroup_mma_wait,
     zeros,
@@ -53,9 +55,10 @@ from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.tiles import store_rows
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
+NUM_D_S_SLOTS = gl.constexpr(4)
 
 
-@jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward(
     q_desc,
     k_desc,
@@ -63,13 +66,15 @@ def attention_backward(
     d_out_desc,
     lse_log2_desc,
     delta_desc,
-    d_q_desc,
+    d_q_sums,
+    num_sum_blocks,
     d_k_matrix,
     d_v_matrix,
     scale,
     rules,
     sequences,
     heads,
+    heads_together,
     seqlen_q,
     seqlen_kv,
     HEAD_DIM: gl.constexpr,
@@ -84,7 +89,6 @@ def attention_backward(
     NUM_READERS: gl.constexpr = num_readers(sequences.cu_seqlens_q is not None)
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
-    d_s_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], dtype)
     channels = Channels(
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_D], kv_layout),
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], v_layout),
@@ -95,29 +99,39 @@ def attention_backward(
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_READERS),
         gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], lse_log2_desc.layout),
         gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], delta_desc.layout),
-        make_channel(gl.float32, NUM_CONSUMERS, ROWS, BLOCK_D // NUM_CONSUMERS, 1),
     )
-    d_s = gl.allocate_shared_memory(dtype, [2 * NUM_CONSUMERS, ROWS, ROWS], d_s_layout)
+    d_s = make_channel(dtype, NUM_D_S_SLOTS, ROWS, ROWS, NUM_CONSUMERS)
     fence_async_shared()
 
-    call = Call(rules, sequences, heads, seqlen_q, seqlen_kv)
+    num_tiles = gl.cdiv(seqlen_kv, BLOCK_KV)  # the grid has one program for each
+    order = Order(num_tiles, gl.num_programs(0) // num_tiles, heads_together)
+    call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     targets = (d_k_matrix, d_v_matrix, scale)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
+    sums = Sums(d_q_sums, num_sum_blocks)
     gl.warp_specialize(
         [
-            (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V)),
-            (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V)),
+            (gradients, (0, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V)),
+            (gradients, (1, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V)),
             (load, (call, channels, loads)),
-            (add_d_q, (call, channels, d_q_desc)),
             (clean, (call, channels)),
         ],
-        [4, 1, 1, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )
 
 
 @jit
-def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
+def gradients(
+    part: gl.constexpr,
+    call,
+    channels,
+    d_s,
+    sums,
+    targets,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
@@ -125,7 +139,6 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
     S: gl.constexpr = product_layout(ROWS)
     DK: gl.constexpr = product_layout(BLOCK_D)
     DV: gl.constexpr = product_layout(BLOCK_DV)
-    DQ: gl.constexpr = product_layout(Q_COLS)
 
     work = find_work(call, BLOCK_KV)
     sequence = work.sequence
@@ -139,11 +152,10 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
     d_k = zeros([ROWS, BLOCK_D], gl.float32, DK)
     d_v = zeros([ROWS, BLOCK_DV], gl.float32, DV)
     no_s = zeros([ROWS, ROWS], gl.float32, S)
-    no_d_q = zeros([ROWS, Q_COLS], gl.float32, DQ)
     k, v = channels.k.index(part), channels.v.index(part)
-    z = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
     if work.num_steps > 0:
         wait_for_keys(call, channels)
+    send(d_s, part, no_s.to(dtype))  # d_q is a step behind: before the first one it adds 0
 
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
@@ -168,38 +180,25 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
         if call.rules.softcap is not None:
             d_s_t *= 1.0 - capped_t * capped_t
         d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
-        pair = (step & 1) * NUM_CONSUMERS
-        d_s.index(pair + part).store(d_s_t)
+        send(d_s, (step + 1) * NUM_CONSUMERS + part, d_s_t)
         d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
-        fence_async_shared()
-        z = gl.inline_asm_elementwise(
-            "bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [z], dtype=gl.int32, is_pure=False, pack=1
-        )  # both consumers have stored their half of dS
-        d_q_token = d_q_product(d_s, channels.k, pair, part, no_d_q)
-        d_v = warpgroup_mma_wait(NUM_CONSUMERS, deps=[d_v_token])
-        release(channels.d_out, step)
+        d_q_token = d_q_product(d_s, channels.k, step, part * Q_COLS, Q_COLS)
         d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
-        d_q = warpgroup_mma_wait(1, deps=[d_q_token])
-        mbarrier.wait(channels.d_q.empty.index(part), (step & 1) ^ 1)
-        channels.d_q.tiles.index(part).store(d_q)
-        fence_async_shared()
-        mbarrier.arrive(channels.d_q.ready.index(part), count=1)
+        d_q, d_v = warpgroup_mma_wait(1, deps=[d_q_token, d_v_token])
+        tile_idx, head_idx = tile_and_head(work, call, gl.maximum(step - 1, 0))
+        add_d_q(sums, d_q, call, work, tile_idx, head_idx, part * Q_COLS, BLOCK_D)
         d_k = warpgroup_mma_wait(0, deps=[d_k_token])
+        release(channels.d_out, step)
         release(channels.q, step)
+        release_parts(d_s, step, NUM_CONSUMERS)
 
+    if work.num_steps > 0:
+        d_q_token = d_q_product(d_s, channels.k, work.num_steps, part * Q_COLS, Q_COLS)
+        d_q = warpgroup_mma_wait(0, deps=[d_q_token])
+        tile_idx, head_idx = tile_and_head(work, call, work.num_steps - 1)
+        add_d_q(sums, d_q, call, work, tile_idx, head_idx, part * Q_COLS, BLOCK_D)
     d_k_matrix, d_v_matrix, scale = targets
     num_rows = sequence.seqlen_kv - own_begin
     row = sequence.kv_begin + own_begin
     store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
-
-
-@jit
-def d_q_product(d_s, k, pair, part: gl.constexpr, no_d_q):
-    """A half of the columns of dS @ K, over both consumers' keys."""
-    Q_COLS: gl.constexpr = no_d_q.shape[1]
-    token = no_d_q
-    for half in static_range(NUM_CONSUMERS):
-        k_half = k.index(half).slice(part * Q_COLS, Q_COLS, dim=1)
-        token = warpgroup_mma(d_s.index(pair + half).permute((1, 0)), k_half, token, use_acc=half > 0, is_async=True)
-    return token

@@ -5,17 +5,40 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper import constants
-from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row
+from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row, sums_block
 from flashtile.backends.hopper.primitives.channel import claim, receive, release
-from flashtile.backends.hopper.primitives.gluon_compat import constexpr_function, jit, static_range, tma_add, tma_load
+from flashtile.backends.hopper.primitives.gluon_compat import (
+    constexpr_function,
+    inline_asm,
+    jit,
+    static_range,
+    tma_load,
+    warpgroup_mma,
+    zeros,
+)
+from flashtile.backends.hopper.primitives.layouts import cols_of, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import q_tiles
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from
 
 ROWS = gl.constexpr(constants.ROWS)
+SUM_ROWS = gl.constexpr(constants.SUM_ROWS)
 NUM_CONSUMERS = gl.constexpr(2)
+
+
+class Order(NamedTuple):
+    """``num_tiles`` tiles of keys for each of ``num_heads`` kv heads (of all sequences), one head after the other.
+
+    So programs that run at the same time find Q, d_out and the sums of d_q of few heads in the L2 cache. The last
+    heads, ``num_together`` of them, take turns: under a causal mask the first keys are seen by the most queries, and no
+    program with much to do should start when the others are done.
+    """
+
+    num_tiles: Any
+    num_heads: Any
+    num_together: Any
 
 
 class Call(NamedTuple):
@@ -24,6 +47,7 @@ class Call(NamedTuple):
     rules: Any
     sequences: Any
     heads: Any
+    order: Any
     seqlen_q: Any
     seqlen_kv: Any
 
@@ -41,9 +65,9 @@ class Work(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """What lies in shared memory: K and V [parts, 64, columns], the streams of Q and d_out, d_q on its way to memory.
+    """What lies in shared memory: K and V [parts, 64, columns], and the streams of Q and d_out.
 
-    The two numbers of each query row come with the tile of d_out, in its slots. The barriers ``kv_clean`` and ``clean``
+    The two numbers of each query row come with the tiles of Q and d_out. The barriers ``kv_clean`` and ``clean``
     are those of ``clean``.
     """
 
@@ -56,19 +80,27 @@ class Channels(NamedTuple):
     d_out: Any
     lse_log2: Any
     delta: Any
-    d_q: Any
+
+
+@jit
+def tile_of_keys(order, program_idx):
+    """(tile, kv head of all sequences) of a program."""
+    num_before = order.num_heads - order.num_together
+    tile_idx, head = program_idx % order.num_tiles, program_idx // order.num_tiles
+    if head >= num_before:
+        place = program_idx - num_before * order.num_tiles
+        tile_idx, head = place // order.num_together, num_before + place % order.num_together
+    return tile_idx, head
 
 
 @jit
 def find_work(call, BLOCK_KV: gl.constexpr):
     """The program's share; one without keys has no steps."""
-    num_kv_tiles = gl.cdiv(call.seqlen_kv, BLOCK_KV)
-    program_idx = gl.program_id(0)
     heads_kv = call.heads.num_q // call.heads.per_kv
-    head = program_idx // num_kv_tiles
+    tile_idx, head = tile_of_keys(call.order, gl.program_id(0))
     kv_head_idx, batch_idx = head % heads_kv, head // heads_kv
     sequence = find_sequence(call.sequences, batch_idx, call.seqlen_q, call.seqlen_kv)
-    kv_begin = (program_idx % num_kv_tiles) * BLOCK_KV
+    kv_begin = tile_idx * BLOCK_KV
     kv_end = gl.minimum(kv_begin + BLOCK_KV, sequence.seqlen_kv)
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, kv_begin, kv_end, ROWS)
     num_tiles = gl.where(kv_begin < sequence.seqlen_kv, tiles.end - tiles.begin, 0)
@@ -77,10 +109,13 @@ def find_work(call, BLOCK_KV: gl.constexpr):
 
 @jit
 def tile_and_head(work, call, step):
-    """(tile of queries, query head) of a step: tile after tile, head after head."""
-    tile_idx, head_idx = work.tiles.begin + step, work.kv_head_idx
+    """(tile of queries, query head) of a step: tile after tile from the last one on, head after head.
+
+    Programs that start together so visit the same rows at the same time, under a causal mask too.
+    """
+    tile_idx, head_idx = work.tiles.end - 1 - step, work.kv_head_idx
     if call.heads.per_kv > 1:
-        tile_idx = work.tiles.begin + step % work.num_tiles
+        tile_idx = work.tiles.end - 1 - step % work.num_tiles
         head_idx = work.kv_head_idx * call.heads.per_kv + step // work.num_tiles
     return tile_idx, head_idx
 
@@ -100,17 +135,16 @@ def load(call, channels, loads):
             place = [sequence.buffer_idx, work.kv_head_idx, sequence.kv_begin + work.kv_begin + part * ROWS, 0]
             tma_load(k_desc, place, kv_ready, channels.k.index(part).reshape([1, 1, ROWS, BLOCK_D]))
             tma_load(v_desc, place, kv_ready, channels.v.index(part).reshape([1, 1, ROWS, BLOCK_DV]))
-    numbers: gl.constexpr = lse_log2_desc.block_type.nbytes + delta_desc.block_type.nbytes
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
         row = tile_idx * ROWS
         place = [sequence.buffer_idx, head_idx, sequence.q_begin + row, 0]
-        tile, ready = claim(channels.q, step, q_desc.block_type.nbytes)
-        tma_load(q_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_D]))
-        tile, ready = claim(channels.d_out, step, d_out_desc.block_type.nbytes + numbers)
         number_row, number_col = statistics_row(call, sequence, work.batch_idx, head_idx, row)
-        slot = step % channels.d_out.tiles.shape[0]
+        slot = step % channels.q.tiles.shape[0]
+        tile, ready = claim(channels.q, step, q_desc.block_type.nbytes + lse_log2_desc.block_type.nbytes)
         tma_load(lse_log2_desc, [number_row, number_col], ready, channels.lse_log2.index(slot))
+        tma_load(q_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_D]))
+        tile, ready = claim(channels.d_out, step, d_out_desc.block_type.nbytes + delta_desc.block_type.nbytes)
         tma_load(delta_desc, [number_row, number_col], ready, channels.delta.index(slot))
         tma_load(d_out_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_DV]))
 
@@ -164,31 +198,65 @@ def clean(call, channels):
 
 @jit
 def row_numbers(numbers, step, layout: gl.constexpr):
-    """The lse_log2 or delta of a step's queries, which have come with the tile of d_out."""
+    """The lse_log2 of a step's queries, which has come with Q, or their delta, which has come with d_out."""
     num_slots: gl.constexpr = numbers.shape[0]
     return numbers.index(step % num_slots).reshape([ROWS]).load(layout)
 
 
 @jit
-def add_d_q(call, channels, d_q_desc):
-    """Adds d_q to memory piece by piece; a consumer has half of a tile's columns."""
-    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
-    COLS: gl.constexpr = channels.d_q.tiles.shape[2]
-    NUM_PIECES: gl.constexpr = BLOCK_D // (NUM_CONSUMERS * COLS)
-    work = find_work(call, channels.k.shape[0] * ROWS)
-    sequence = work.sequence
-    for step in range(work.num_steps):
-        tile_idx, head_idx = tile_and_head(work, call, step)
-        row = sequence.q_begin + tile_idx * ROWS
-        for piece in static_range(NUM_PIECES):
-            for part in static_range(NUM_CONSUMERS):
-                mbarrier.wait(channels.d_q.ready.index(part), (step * NUM_PIECES + piece) & 1)
-                tile = channels.d_q.tiles.index(part)
-                if call.sequences.cu_seqlens_q is not None:  # the tile may reach into the next sequence
-                    zero_rows_from(tile, sequence.seqlen_q - tile_idx * ROWS, 1)
-                place = [sequence.buffer_idx, head_idx, row, (part * NUM_PIECES + piece) * COLS]
-                tma_add(d_q_desc, place, tile.reshape([1, 1, ROWS, COLS]))
-            tma.store_wait(1)
-            mbarrier.arrive(channels.d_q.empty.index(0), count=1)
-            tma.store_wait(0)
-            mbarrier.arrive(channels.d_q.empty.index(1), count=1)
+def d_q_product(d_s, k, step, COL: gl.constexpr, NUM_COLS: gl.constexpr):
+    """dS @ K in flight: columns of a step's d_q from COL on. The channel ``d_s`` has a tile for each part of K."""
+    NUM_PARTS: gl.constexpr = k.shape[0]
+    token = zeros([ROWS, NUM_COLS], gl.float32, product_layout(NUM_COLS))
+    for part in static_range(NUM_PARTS):
+        d_s_part = receive(d_s, step * NUM_PARTS + part).permute((1, 0))
+        k_part = k.index(part).slice(COL, NUM_COLS, dim=1)
+        token = warpgroup_mma(d_s_part, k_part, token, use_acc=part > 0, is_async=True)
+    return token
+
+
+@jit
+def release_parts(d_s, step, NUM_PARTS: gl.constexpr):
+    for part in static_range(NUM_PARTS):
+        release(d_s, step * NUM_PARTS + part)
+
+
+@jit
+def add_d_q(sums, d_q, call, work, tile_idx, head_idx, COL: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Adds a product, the columns of a tile of d_q from COL on, to the sums in memory.
+
+    These lie as a product does in registers (see ``statistics``), so that a warp adds 512 bytes in a row. Blocks
+    behind the end of a sequence belong to the next one.
+    """
+    NUM_ROWS: gl.constexpr = d_q.shape[0]
+    NUM_COLS: gl.constexpr = d_q.shape[1]
+    NUM_BLOCKS: gl.constexpr = NUM_ROWS // SUM_ROWS
+    BLOCK_SIZE: gl.constexpr = SUM_ROWS * BLOCK_D
+    in_order = d_q.reshape([NUM_BLOCKS, 2, 8, NUM_COLS // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5))
+    in_order = in_order.reshape([NUM_BLOCKS, SUM_ROWS * NUM_COLS])
+    layout: gl.constexpr = in_order.type.layout
+    line, block = sums_block(call, work.sequence, work.batch_idx, head_idx)
+    first = (gl.to_tensor(line).to(gl.int64) * sums.num_blocks + block + tile_idx * NUM_BLOCKS) * BLOCK_SIZE
+    block_idx = gl.expand_dims(gl.arange(0, NUM_BLOCKS, rows_of(layout)), 1)
+    places = sums.ptr + (first + SUM_ROWS * COL) + block_idx * BLOCK_SIZE
+    places += gl.expand_dims(gl.arange(0, SUM_ROWS * NUM_COLS, cols_of(layout)), 0)
+    if call.sequences.cu_seqlens_q is None:
+        inline_asm(
+            "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0;",
+            "=r,l,l,l,l,r,r,r,r",
+            [places.to(gl.int64, bitcast=True), in_order],
+            dtype=gl.int8,  # four of them are the one result that an instruction for four numbers has to have
+            is_pure=False,
+            pack=4,
+        )
+    else:  # blocks behind the end belong to the next sequence
+        exists = tile_idx * NUM_BLOCKS + block_idx < gl.cdiv(work.sequence.seqlen_q, SUM_ROWS)
+        inline_asm(
+            """{ .reg .pred exists; setp.ne.b32 exists, $9, 0;
+            @exists red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }""",
+            "=r,l,l,l,l,r,r,r,r,r,r,r,r",
+            [places.to(gl.int64, bitcast=True), in_order, exists.to(gl.int32)],
+            dtype=gl.int8,
+            is_pure=False,
+            pack=4,
+        )

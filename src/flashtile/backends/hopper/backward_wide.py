@@ -22,8 +22,10 @@ from flashtile.backends.hopper.backward_parts import (
     ROWS,
     Call,
     Channels,
+    Order,
     add_d_q,
     clean,
+    d_q_product,
     find_work,
     load,
     num_readers,
@@ -33,17 +35,19 @@ from flashtile.backends.hopper.backward_parts import (
     wait_for_rows,
 )
 from flashtile.backends.hopper.primitives import scores
-from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release, slot_to_fill
-from flashtile.backends.hopper.primitives.gluon_compat import (
-    jit,
-    static_range,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-    zeros,
+from flashtile.backends.hopper.primitives.addressing import Sums
+from flashtile.backends.hopper.primitives.channel import (
+    make_barriers,
+    make_channel,
+    receive,
+    release,
+    send,
+    slot_to_fill,
 )
+from flashtile.backends.hopper.primitives.gluon_compat import jit, warpgroup_mma, warpgroup_mma_wait, zeros
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full
-from flashtile.backends.hopper.primitives.tiles import halves, store_rows
+from flashtile.backends.hopper.primitives.tiles import store_rows
 
 
 class Exchange(NamedTuple):
@@ -53,7 +57,7 @@ class Exchange(NamedTuple):
     d_s: Any
 
 
-@jit(do_not_specialize=["seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward_wide(
     q_desc,
     k_desc,
@@ -61,13 +65,15 @@ def attention_backward_wide(
     d_out_desc,
     lse_log2_desc,
     delta_desc,
-    d_q_desc,
+    d_q_sums,
+    num_sum_blocks,
     d_k_matrix,
     d_v_matrix,
     scale,
     rules,
     sequences,
     heads,
+    heads_together,
     seqlen_q,
     seqlen_kv,
     HEAD_DIM: gl.constexpr,
@@ -89,32 +95,35 @@ def attention_backward_wide(
         make_barriers(1, 1),
         make_barriers(NUM_STAGES, 1),
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
-        make_channel(dtype, 1, ROWS, BLOCK_DV, NUM_READERS),
-        gl.allocate_shared_memory(gl.float32, [1, 1, ROWS], lse_log2_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [1, 1, ROWS], delta_desc.layout),
-        make_channel(gl.float32, NUM_CONSUMERS, ROWS, d_q_desc.block_shape[3], 1),
+        make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_READERS),
+        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], lse_log2_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], delta_desc.layout),
     )
-    exchange = Exchange(make_channel(dtype, 1, ROWS, ROWS, 1), make_channel(dtype, 2, ROWS, ROWS, 1))
+    exchange = Exchange(make_channel(dtype, 2, ROWS, ROWS, 1), make_channel(dtype, 2, ROWS, ROWS, 1))
     fence_async_shared()
 
-    call = Call(rules, sequences, heads, seqlen_q, seqlen_kv)
+    num_tiles = gl.cdiv(seqlen_kv, ROWS)  # the grid has one program for each
+    order = Order(num_tiles, gl.num_programs(0) // num_tiles, heads_together)
+    call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
+    sums = Sums(d_q_sums, num_sum_blocks)
     gl.warp_specialize(
         [
-            (values, (call, channels, exchange, d_v_matrix, HEAD_DIM_V)),
-            (keys, (call, channels, exchange, d_k_matrix, scale, HEAD_DIM)),
+            (values, (call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V)),
+            (keys, (call, channels, exchange, sums, d_k_matrix, scale, HEAD_DIM)),
             (load, (call, channels, loads)),
-            (add_d_q, (call, channels, d_q_desc)),
             (clean, (call, channels)),
         ],
-        [4, 1, 1, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )
 
 
 @jit
-def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
+def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr):
+    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
+    Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
     work = find_work(call, ROWS)
@@ -136,9 +145,9 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
         head = scores.HeadRules(call.rules, sequence, slope_log2)
         q = receive(channels.q, step)
         wait_for_rows(call, channels, step)
+        lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
         s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
         d_out = receive(channels.d_out, step)
-        lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
         s_t = warpgroup_mma_wait(0, deps=[s_token])
         release(channels.q, step)
         is_masked = not (is_full(work.tiles, tile_idx) & (num_keys >= ROWS))
@@ -146,22 +155,29 @@ def values(call, channels, exchange, d_v_matrix, HEAD_DIM_V: gl.constexpr):
         p_t = scores.probabilities(s_t, unit_log2, lse_log2)
         p_t = p_t.to(dtype)  # rounded for the product with d_out, and for its way to the other consumer
         slot_to_fill(exchange.p, step).store(p_t)
-        mbarrier.arrive(exchange.p.ready.index(0), count=1)
+        mbarrier.arrive(exchange.p.ready.index(step & 1), count=1)
         p_operand = gl.convert_layout(p_t, operand_layout(BLOCK_DV))
         d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
-        d_q = d_q_half(channels, exchange, step, 0, d_v_token)
-        d_q, d_v = warpgroup_mma_wait(0, deps=d_q)
+        d_q_token = d_q_product(exchange.d_s, channels.k, step, 0, Q_COLS)
+        d_q, d_v = warpgroup_mma_wait(0, deps=[d_q_token, d_v_token])
         release(channels.d_out, step)
         release(exchange.d_s, step)
-        send_d_q(channels, d_q, step, 0)
+        tile_idx, head_idx = tile_and_head(work, call, gl.maximum(step - 1, 0))
+        add_d_q(sums, d_q, call, work, tile_idx, head_idx, 0, BLOCK_D)
 
+    if work.num_steps > 0:
+        d_q_token = d_q_product(exchange.d_s, channels.k, work.num_steps, 0, Q_COLS)
+        d_q = warpgroup_mma_wait(0, deps=[d_q_token])
+        tile_idx, head_idx = tile_and_head(work, call, work.num_steps - 1)
+        add_d_q(sums, d_q, call, work, tile_idx, head_idx, 0, BLOCK_D)
     row = sequence.kv_begin + work.kv_begin
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
 
 
 @jit
-def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
+def keys(call, channels, exchange, sums, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
+    Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
     work = find_work(call, ROWS)
@@ -172,6 +188,7 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
     v = channels.v.index(0)
     if work.num_steps > 0:
         wait_for_keys(call, channels)
+    send(exchange.d_s, 0, no_s.to(dtype))  # ``values`` is a step behind with d_q: before the first one it adds 0
 
     for step in range(work.num_steps):
         d_out = receive(channels.d_out, step)
@@ -184,37 +201,14 @@ def keys(call, channels, exchange, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
         d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
         release(channels.d_out, step)
         d_s_t = (p_t * (d_p_t - gl.expand_dims(delta, 0))).to(dtype)  # rounded for the products with Q and K
-        slot_to_fill(exchange.d_s, step).store(d_s_t)
-        fence_async_shared()
-        mbarrier.arrive(exchange.d_s.ready.index(step & 1), count=1)
+        send(exchange.d_s, step + 1, d_s_t)
         d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
         d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
-        d_q = d_q_half(channels, exchange, step, 1, d_k_token)
-        d_q, d_k = warpgroup_mma_wait(0, deps=d_q)
+        d_q_token = d_q_product(exchange.d_s, channels.k, step + 1, Q_COLS, Q_COLS)
+        d_q, d_k = warpgroup_mma_wait(0, deps=[d_q_token, d_k_token])
         release(channels.q, step)
-        send_d_q(channels, d_q, step, 1)
+        tile_idx, head_idx = tile_and_head(work, call, step)
+        add_d_q(sums, d_q, call, work, tile_idx, head_idx, Q_COLS, BLOCK_D)
 
     row = sequence.kv_begin + work.kv_begin
     store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM)
-
-
-@jit
-def d_q_half(channels, exchange, step, part: gl.constexpr, other_token):
-    """(token of dS @ K for one consumer's half of the columns, the token that it runs beside)."""
-    HALF: gl.constexpr = channels.q.tiles.shape[2] // NUM_CONSUMERS
-    no_d_q = zeros([ROWS, HALF], gl.float32, product_layout(HALF))
-    d_s = receive(exchange.d_s, step).permute((1, 0))
-    k_half = channels.k.index(0).slice(part * HALF, HALF, dim=1)
-    return warpgroup_mma(d_s, k_half, no_d_q, use_acc=False, is_async=True), other_token
-
-
-@jit
-def send_d_q(channels, d_q, step, part: gl.constexpr):
-    """Hands a half of d_q to ``add_d_q`` in two pieces, through one consumer's slot."""
-    left, right = halves(d_q)
-    for piece in static_range(2):
-        mbarrier.wait(channels.d_q.empty.index(part), ((2 * step + piece) & 1) ^ 1)
-        tile = channels.d_q.tiles.index(part)
-        tile.store(right if piece else left)
-        fence_async_shared()
-        mbarrier.arrive(channels.d_q.ready.index(part), count=1)

@@ -12,3 +12,6 @@ STATISTICS_ROWS = 128
 
 Packed, sequence b starts at block b + q_begin // STATISTICS_ROWS, which leaves every sequence the blocks it needs.
 """
+
+SUM_ROWS = 16
+"""The sums of d_q lie in blocks of so many rows, those of one warp's product; sequences start as above."""

@@ -15,14 +15,14 @@ from flashtile.backends.hopper.arguments import tma_ready
 from flashtile.backends.hopper.backward import attention_backward
 from flashtile.backends.hopper.backward_narrow import attention_backward_narrow
 from flashtile.backends.hopper.backward_wide import attention_backward_wide
-from flashtile.backends.hopper.constants import LOG2_E, ROWS, STATISTICS_ROWS
+from flashtile.backends.hopper.constants import LOG2_E, ROWS, STATISTICS_ROWS, SUM_ROWS
 from flashtile.backends.hopper.forward import attention_forward
 from flashtile.backends.hopper.launcher import Launcher
 from flashtile.backends.hopper.plan import (
     BackwardTiles,
     ForwardTiles,
-    backward_widths,
     heads_per_group,
+    heads_together,
     num_q_slots,
     num_q_tiles,
     out_columns,
@@ -105,10 +105,10 @@ def backward(
     wanted = problem.gradients
     d_out = saved.out.new_zeros(saved.out.shape) if d_out is None else d_out
     q, k, v, d_out = (tma_ready(tensor) for tensor in (operands.q, operands.k, operands.v, d_out))
-    width, width_v = backward_widths(problem)
+    width, width_v = widths(problem)
+    num_kv_tiles = -(-problem.seqlen_kv // tiles.block_kv)
     with device_of(q):
-        lse_log2, delta = _row_statistics(problem, operands, saved, d_out, d_lse)
-        d_q_sum = _float32_zeros(q)
+        lse_log2, delta, d_q_sums = _row_statistics(problem, operands, saved, d_out, d_lse)
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
         d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
         kernel, registers = _BACKWARD[plan.backward.kernel]
@@ -122,13 +122,15 @@ def backward(
                 arguments.descriptor(d_out, ROWS, width_v),
                 arguments.numbers_descriptor(lse_log2, ROWS),
                 arguments.numbers_descriptor(delta, ROWS),
-                arguments.descriptor(d_q_sum, ROWS, width // tiles.num_pieces),
+                d_q_sums,
+                d_q_sums.shape[1],
                 arguments.matrix(d_k),
                 arguments.matrix(d_v),
                 problem.scale,
                 arguments.score_rules(problem, operands),
                 Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
                 Heads(problem.heads_q, problem.heads_per_kv),
+                heads_together(problem, num_kv_tiles, devices.detect(q.device)),
                 problem.seqlen_q,
                 problem.seqlen_kv,
             ),
@@ -137,7 +139,7 @@ def backward(
             NUM_STAGES=tiles.num_stages,
             **registers,
         )
-        d_q = _scaled(d_q_sum, problem)
+        d_q = _scaled(d_q_sums, problem, operands)
         d_sinks = None if operands.sinks is None else _sink_gradient(operands.sinks, lse_log2, delta)
     found = {"q": d_q, "k": d_k, "v": d_v, "sinks": d_sinks}
     return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
@@ -145,19 +147,28 @@ def backward(
 
 def _row_statistics(
     problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor, d_lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(lse_log2, delta), [batch, heads, rows] or packed [heads, rows], in whole blocks of ``STATISTICS_ROWS``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse_log2, delta, sums of d_q that are 0).
+
+    The numbers are [batch, heads, rows] or packed [heads, rows], in whole blocks of ``STATISTICS_ROWS``, and the sums
+    [batch * heads or heads, blocks of ``SUM_ROWS``, SUM_ROWS * BLOCK_D].
+    """
     if problem.layout == "varlen":
         length = (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
+        num_sum_blocks = problem.tokens_q // SUM_ROWS + problem.batch
         shape: tuple[int, ...] = (problem.heads_q, length)
     else:
         length = -(-problem.seqlen_q // STATISTICS_ROWS) * STATISTICS_ROWS
+        num_sum_blocks = -(-problem.seqlen_q // ROWS) * (ROWS // SUM_ROWS)
         shape = (problem.batch, problem.heads_q, length)
-    # What lies between packed sequences must be a number: the sink's gradient sums over it.
-    lse_log2 = torch.full(shape, math.inf, dtype=torch.float32, device=d_out.device)
-    delta = torch.zeros(shape, dtype=torch.float32, device=d_out.device)
-    width_v = widths(problem)[1]
-    block_rows = max(8, min(STATISTICS_ROWS, 4096 // width_v))
+    width, width_v = widths(problem)
+    lse_log2, delta = (torch.empty(shape, dtype=torch.float32, device=d_out.device) for _ in range(2))
+    if problem.layout == "varlen" and problem.has_sinks:  # what lies between the sequences counts nothing in their sums
+        lse_log2.fill_(math.inf)
+        delta.zero_()
+    lines = math.prod(shape[:-1])
+    d_q_sums = torch.empty((lines, num_sum_blocks, SUM_ROWS * width), dtype=torch.float32, device=d_out.device)
+    block_rows = max(SUM_ROWS, min(STATISTICS_ROWS, 4096 // width_v))
     num_blocks = -(-problem.seqlen_q // STATISTICS_ROWS) * (STATISTICS_ROWS // block_rows)
     _ROW_STATISTICS(
         (*_form(problem, None, (d_out,), operands), d_lse is None),
@@ -171,33 +182,38 @@ def _row_statistics(
             lse_log2,
             delta,
             length,
+            d_q_sums,
+            num_sum_blocks,
             operands.cu_seqlens_q,
             problem.heads_q,
             problem.seqlen_q,
         ),
         HEAD_DIM_V=problem.head_dim_v,
+        BLOCK_D=width,
         BLOCK_DV=width_v,
         BLOCK_ROWS=block_rows,
     )
-    return lse_log2, delta
+    return lse_log2, delta, d_q_sums
 
 
-def _float32_zeros(q: Tensor) -> Tensor:
-    """Zeros like q for sums in float32, in rows that TMA can address."""
-    *outer, width = q.shape
-    unit = arguments.ALIGNMENT_BYTES // 4
-    return torch.zeros((*outer, -(-width // unit) * unit), dtype=torch.float32, device=q.device)[..., :width]
-
-
-def _scaled(d_q_sum: Tensor, problem: AttentionProblem) -> Tensor:
-    """d_q from its sum: scaled, and rounded once."""
-    d_q = torch.empty(d_q_sum.shape, dtype=problem.dtype, device=d_q_sum.device)
-    num_rows, width = d_q.numel() // problem.head_dim, widths(problem)[0]
-    block_rows = 4096 // width
+def _scaled(d_q_sums: Tensor, problem: AttentionProblem, operands: Operands) -> Tensor:
+    """d_q from its sums: scaled, and rounded once."""
+    make = torch.zeros if problem.layout == "varlen" else torch.empty  # rows of no sequence
+    d_q = make(operands.q.shape, dtype=problem.dtype, device=d_q_sums.device)
+    width = widths(problem)[0]
+    block_rows = max(SUM_ROWS, 4096 // width)
     _SCALE_D_Q(
-        (problem, d_q.device.index),
-        (-(-num_rows // block_rows),),
-        (d_q_sum, d_q, num_rows, d_q_sum.stride(-2), problem.scale),
+        _form(problem, None, (d_q,), operands),
+        (-(-problem.seqlen_q // block_rows) * problem.heads_q * problem.batch,),
+        (
+            d_q_sums,
+            d_q_sums.shape[1],
+            arguments.matrix(d_q),
+            problem.scale,
+            operands.cu_seqlens_q,
+            problem.heads_q,
+            problem.seqlen_q,
+        ),
         HEAD_DIM=problem.head_dim,
         BLOCK_D=width,
         BLOCK_ROWS=block_rows,

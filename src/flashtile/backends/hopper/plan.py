@@ -41,9 +41,7 @@ class BackwardTiles(TileConfig):
     """``block_kv`` is 64 rows for each of two consumers, or for both where each has one of d_k and d_v."""
 
     num_stages: int
-    """Slots for tiles of Q, and of d_out unless the heads are wide."""
-    num_pieces: int
-    """In so many, side by side, a tile of d_q is added to memory."""
+    """Slots for tiles of Q, and of d_out."""
 
 
 _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
@@ -69,9 +67,9 @@ _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
 """(width of the wider head, is causal) -> tiles for up to so many queries; see docs/kernels/hopper_forward.md."""
 
 _BACKWARD: dict[str, BackwardTiles] = {
-    "backward_narrow": BackwardTiles(block_q=64, block_kv=128, num_stages=3, num_pieces=1),
-    "backward": BackwardTiles(block_q=64, block_kv=128, num_stages=2, num_pieces=2),
-    "backward_wide": BackwardTiles(block_q=64, block_kv=64, num_stages=2, num_pieces=4),
+    "backward_narrow": BackwardTiles(block_q=64, block_kv=128, num_stages=3),
+    "backward": BackwardTiles(block_q=64, block_kv=128, num_stages=2),
+    "backward_wide": BackwardTiles(block_q=64, block_kv=64, num_stages=2),
 }
 """Kernel -> tiles; measured in docs/kernels/hopper_backward.md."""
 
@@ -121,12 +119,6 @@ def widths(problem: AttentionProblem) -> tuple[int, int]:
     """(BLOCK_D, BLOCK_DV), the widths of tiles that hold a head."""
     width, width_v = (max(64, 1 << (head_dim - 1).bit_length()) for head_dim in (problem.head_dim, problem.head_dim_v))
     return width, width_v
-
-
-def backward_widths(problem: AttentionProblem) -> tuple[int, int]:
-    """Those of the backward, whose kernel for wide heads cuts d_q into four pieces of at least 128 bytes."""
-    width, width_v = widths(problem)
-    return (max(width, 128) if width_v > 128 else width), width_v
 
 
 def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
@@ -182,6 +174,13 @@ def heads_per_group(problem: AttentionProblem, device: DeviceSpec) -> int:
     return -(-num_heads // num_groups)
 
 
+def heads_together(problem: AttentionProblem, num_kv_tiles: int, device: DeviceSpec) -> int:
+    """How many kv heads the backward ends with together, so many that each SM has a tile; see ``Order``."""
+    if problem.mask.right is None:
+        return 1
+    return min(problem.batch * problem.heads_kv, -(-device.num_sms // num_kv_tiles))
+
+
 def num_q_slots(problem: AttentionProblem) -> int:
     """How many tiles of Q each consumer has, so that the next one is there in time."""
     return 2 if widths(problem)[0] <= 128 else 1
@@ -201,9 +200,8 @@ def forward_shared_memory_bytes(problem: AttentionProblem, tiles: ForwardTiles) 
 
 
 def backward_shared_memory_bytes(problem: AttentionProblem, tiles: BackwardTiles) -> int:
-    """K and V, the slots of Q and d_out with their two numbers per row, d_q, and four squares of P and dS."""
-    (width, width_v), itemsize = backward_widths(problem), problem.dtype.itemsize
+    """K and V, the slots of Q and d_out with their two numbers per row, and four squares of P and dS."""
+    (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
     parts, is_wide = tiles.block_kv // ROWS, tiles.block_kv == ROWS
-    d_out_slots = 1 if is_wide else tiles.num_stages
-    columns = (parts + tiles.num_stages) * width + (parts + d_out_slots) * width_v + (3 if is_wide else 4) * ROWS
-    return ROWS * (columns * itemsize + 2 * (d_out_slots + width // tiles.num_pieces) * 4)
+    columns = (parts + tiles.num_stages) * (width + width_v) + (3 if is_wide else 4) * ROWS
+    return ROWS * (columns * itemsize + 2 * tiles.num_stages * 4)

@@ -1,4 +1,4 @@
-"""Before the backward: delta = rowsum(out * d_out) - d_lse and the lse as a power of two. After it: d_q, rounded once.
+"""Before the backward: delta = rowsum(out * d_out) - d_lse, the lse as a power of two, and zeros. After it: d_q.
 
 Plain Triton: passes that memory bounds have no use for Hopper's asynchronous units.
 """
@@ -13,9 +13,10 @@ from flashtile.backends.hopper import constants
 LOG2_E = tl.constexpr(constants.LOG2_E)
 INF = tl.constexpr(float("inf"))
 STATISTICS_ROWS = tl.constexpr(constants.STATISTICS_ROWS)
+SUM_ROWS = tl.constexpr(constants.SUM_ROWS)
 
 
-@triton.jit(do_not_specialize=["lse_length", "length", "seqlen_q"])
+@triton.jit(do_not_specialize=["lse_length", "length", "num_sum_blocks", "seqlen_q"])
 def attention_row_statistics(
     out,
     d_out,
@@ -25,23 +26,27 @@ def attention_row_statistics(
     lse_log2,
     delta,
     length,
+    d_q_sums,
+    num_sum_blocks,
     cu_seqlens_q,
     num_heads,
     seqlen_q,
     HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """One program fills BLOCK_ROWS numbers of one head; rows beyond a sequence get delta 0 and lse +inf, so p is 0.
+    """BLOCK_ROWS rows of one head: their numbers, and zeros for the sums of d_q.
 
     lse and d_lse are contiguous [batch, heads, lse_length], lse_log2 and delta [batch, heads, length]; packed ones
-    have no batch axis.
+    have no batch axis. Rows beyond a sequence get delta 0 and lse_log2 +inf, so p is 0.
     """
     num_blocks = tl.cdiv(seqlen_q, STATISTICS_ROWS) * (STATISTICS_ROWS // BLOCK_ROWS)
     program_idx = tl.program_id(0)
     head_and_batch = program_idx // num_blocks
     head_idx, batch_idx = head_and_batch % num_heads, head_and_batch // num_heads
-    row = program_idx % num_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    begin = program_idx % num_blocks * BLOCK_ROWS
+    row = begin + tl.arange(0, BLOCK_ROWS)
 
     buffer_idx, first_row, first_number = batch_idx, 0, 0
     if cu_seqlens_q is not None:
@@ -67,24 +72,66 @@ def attention_row_statistics(
     tl.store(lse_log2 + target, tl.where(row_lse > -INF, row_lse * LOG2_E, INF), mask=within)
     tl.store(delta + target, numbers, mask=within)
 
+    first_sum = _first_sum(line, num_sum_blocks, cu_seqlens_q, batch_idx, first_row, BLOCK_D)
+    place = tl.cast(begin, tl.int64) * BLOCK_D + tl.arange(0, BLOCK_ROWS * BLOCK_D)
+    tl.store(d_q_sums + first_sum + place, 0.0, mask=place < tl.cdiv(seqlen_q, SUM_ROWS) * SUM_ROWS * BLOCK_D)
 
-@triton.jit(do_not_specialize=["num_rows"])
+
+@triton.jit(do_not_specialize=["num_sum_blocks", "seqlen_q"])
 def attention_scale_d_q(
-    d_q_sum,
+    d_q_sums,
+    num_sum_blocks,
     d_q,
-    num_rows,
-    sum_row_stride,
     scale,
+    cu_seqlens_q,
+    num_heads,
+    seqlen_q,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """d_q = d_q_sum * scale in d_q's dtype, for all heads of all tokens; d_q's rows lie side by side."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    """d_q = scale * sums, rounded once, of BLOCK_ROWS rows of one head."""
+    num_blocks = tl.cdiv(seqlen_q, BLOCK_ROWS)
+    program_idx = tl.program_id(0)
+    head_and_batch = program_idx // num_blocks
+    head_idx, batch_idx = head_and_batch % num_heads, head_and_batch // num_heads
+    begin = program_idx % num_blocks * BLOCK_ROWS
+    row = begin + tl.arange(0, BLOCK_ROWS)
+
+    buffer_idx, first_row = batch_idx, 0
+    if cu_seqlens_q is not None:
+        first_row = tl.load(cu_seqlens_q + batch_idx)
+        seqlen_q = tl.load(cu_seqlens_q + batch_idx + 1) - first_row
+        buffer_idx = 0
+    line = tl.cast(buffer_idx * num_heads + head_idx, tl.int64)
+    first_sum = _first_sum(line, num_sum_blocks, cu_seqlens_q, batch_idx, first_row, BLOCK_D)
+    place = tl.cast(begin, tl.int64) * BLOCK_D + tl.arange(0, BLOCK_ROWS * BLOCK_D)
+    sums = tl.load(d_q_sums + first_sum + place, mask=place < tl.cdiv(seqlen_q, SUM_ROWS) * SUM_ROWS * BLOCK_D)
+    tile = (_in_rows(sums, BLOCK_ROWS, BLOCK_D) * scale).to(d_q.ptr.dtype.element_ty)
     cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = (row < num_rows) & (cols < HEAD_DIM)
-    total = tl.load(d_q_sum + row * sum_row_stride + cols, mask=mask)
-    tl.store(d_q + row * HEAD_DIM + cols, (total * scale).to(d_q.dtype.element_ty), mask=mask)
+    token = (first_row + row).to(tl.int64)[:, None]
+    mask = (row < seqlen_q)[:, None] & (cols < HEAD_DIM)
+    tl.store(_place(d_q, buffer_idx, head_idx) + token * d_q.row_stride + cols, tile, mask=mask)
+
+
+@triton.jit
+def _in_rows(sums, NUM_ROWS: tl.constexpr, NUM_COLS: tl.constexpr):
+    """Sums as they lie in memory, as a matrix [NUM_ROWS, NUM_COLS].
+
+    They lie as the product of a warp does in its registers: of each 16 rows and 8 columns a thread has two neighbours
+    and the two that are 8 rows below them (PTX ISA, wgmma, fragments of D).
+    """
+    in_order = tl.reshape(sums, (NUM_ROWS // SUM_ROWS, NUM_COLS // 8, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(in_order, (0, 4, 2, 1, 3, 5)), (NUM_ROWS, NUM_COLS))
+
+
+@triton.jit
+def _first_sum(line, num_sum_blocks, cu_seqlens_q, batch_idx, first_row, BLOCK_D: tl.constexpr):
+    """Where the sums of a sequence's head begin; see ``addressing.sums_block``."""
+    block = line * num_sum_blocks
+    if cu_seqlens_q is not None:
+        block += batch_idx + first_row // SUM_ROWS
+    return block * SUM_ROWS * BLOCK_D
 
 
 @triton.jit

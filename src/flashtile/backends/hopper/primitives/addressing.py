@@ -14,6 +14,7 @@ from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives.gluon_compat import jit
 
 STATISTICS_ROWS = gl.constexpr(constants.STATISTICS_ROWS)
+SUM_ROWS = gl.constexpr(constants.SUM_ROWS)
 
 
 class Sequence(NamedTuple):
@@ -32,6 +33,13 @@ class RowNumbers(NamedTuple):
     ptr: Any
     num_heads: Any
     length: Any
+
+
+class Sums(NamedTuple):
+    """Sums of d_q [lines, num_blocks, SUM_ROWS * BLOCK_D]: a line for each head, a block for each ``SUM_ROWS`` rows."""
+
+    ptr: Any
+    num_blocks: Any
 
 
 @jit
@@ -61,3 +69,12 @@ def statistics_row(call, sequence, batch_idx, head_idx, row):
         return batch_idx * call.heads.num_q + head_idx, row
     else:
         return head_idx, (batch_idx + sequence.q_begin // STATISTICS_ROWS) * STATISTICS_ROWS + row
+
+
+@jit
+def sums_block(call, sequence, batch_idx, head_idx):
+    """(line, block) in ``Sums`` at which a sequence's head starts."""
+    if call.sequences.cu_seqlens_q is None:
+        return batch_idx * call.heads.num_q + head_idx, 0
+    else:
+        return head_idx, batch_idx + sequence.q_begin // SUM_ROWS

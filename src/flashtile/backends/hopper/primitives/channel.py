@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flashtile.backends.hopper.primitives.gluon_compat import jit, static_range, tma_load
 
@@ -51,6 +51,14 @@ def slot_to_fill(channel, step):
     slot = step % num_slots
     mbarrier.wait(channel.empty.index(slot), ((step // num_slots) & 1) ^ 1)
     return channel.tiles.index(slot)
+
+
+@jit
+def send(channel, step, tile):
+    """Stores a writer's tile of a step, from registers, for readers that multiply it."""
+    slot_to_fill(channel, step).store(tile)
+    fence_async_shared()
+    mbarrier.arrive(channel.ready.index(step % channel.tiles.shape[0]), count=1)
 
 
 @jit

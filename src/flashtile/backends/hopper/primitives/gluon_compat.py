@@ -9,7 +9,6 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 
 jit: Any = gluon.jit
@@ -31,19 +30,3 @@ reinterpreted: Any = getattr(_descriptor, "reinterpret", None) or _descriptor._r
 _tma: Any = hopper.tma
 tma_load: Any = getattr(_tma, "async_load", None) or _tma.async_copy_global_to_shared
 tma_store: Any = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_global
-
-
-def _tma_add() -> Any:
-    from triton._C.libtriton import ir
-
-    @builtin
-    def add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
-        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
-        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
-
-    return add
-
-
-tma_add: Any = getattr(_tma, "async_atomic_add", None) or _tma_add()
-"""Adds a tile in shared memory to one in global memory, element by element, asynchronously."""

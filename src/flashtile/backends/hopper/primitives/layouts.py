@@ -20,6 +20,19 @@ def operand_layout(num_cols):
 
 
 @constexpr_function
+def row_layout(num_cols):
+    """Of a tile [64, num_cols] of 16-bit numbers for memory: 8 neighbours for each thread, in its warp's 16 rows."""
+    further = [[0, 1 << bit] for bit in range(5, (num_cols - 1).bit_length())]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], *further],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, num_cols],
+    )
+
+
+@constexpr_function
 def number_layout(num_warps):
     """Of one number for each lane, the same in every warp."""
     return gl.BlockedLayout([1], [32], [num_warps], [0])

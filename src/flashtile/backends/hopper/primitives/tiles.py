@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from flashtile.backends.hopper.primitives.gluon_compat import barrier, jit, reinterpreted, static_range, zeros
-from flashtile.backends.hopper.primitives.layouts import cols_of, number_layout, plain_layout, rows_of
+from flashtile.backends.hopper.primitives.layouts import cols_of, number_layout, plain_layout, row_layout, rows_of
 
 
 @jit
@@ -37,7 +37,8 @@ def halves(tile):
 @jit
 def store_rows(matrix, tile, batch_idx, head_idx, row_idx, num_rows, NUM_COLS: gl.constexpr):
     """Stores the first ``num_rows`` rows and NUM_COLS columns of a tile in registers, from row ``row_idx`` on."""
-    layout: gl.constexpr = tile.type.layout
+    layout: gl.constexpr = row_layout(tile.shape[1]) if tile.shape[1] <= 128 else tile.type.layout
+    tile = gl.convert_layout(tile, layout)
     rows = gl.arange(0, tile.shape[0], rows_of(layout))
     cols = gl.arange(0, tile.shape[1], cols_of(layout))
     offset = gl.to_tensor(batch_idx).to(gl.int64) * matrix.batch_stride

@@ -51,7 +51,7 @@ _MAX_PREPARED = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
+class Prepared:
     """What follows from the shapes, dtypes and options of a call alone; looked up when they come again."""
 
     problem: AttentionProblem
@@ -59,11 +59,11 @@ class _Prepared:
     launcher: Launcher
 
 
-_prepared: dict[tuple[Any, ...], _Prepared] = {}
+_prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
 def attention(problem: AttentionProblem, operands: Operands, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a checked call, differentiable; the only caller of the registered op."""
+    """(out, lse) of a checked call, differentiable; the only caller of the registered op. See also ``repeats``."""
     _refuse_forward_mode(operands)
     return torch.ops.flashtile.attention_forward.default(*_flat(problem, operands, backend))
 
@@ -102,13 +102,23 @@ def _flat(problem: AttentionProblem, operands: Operands, backend: str) -> tuple[
     )
 
 
-def _attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    operands, call = _stated(inputs)
+def prepared(problem: AttentionProblem, operands: Operands, backend: str) -> Prepared:
+    """What follows from a checked call."""
+    return _stated(_flat(problem, operands, backend))[1]
+
+
+def run_forward(call: Prepared, operands: Operands) -> tuple[Tensor, Tensor]:
+    """(out, lse) from the kernels."""
     device = operands.q.device.type
     if operands.cu_seqlens_q is not None and (device == "cpu" or settings.checks_values_on_gpu()):
         validation.check_values(call.problem, operands)
     with _without_autocast(device):
         return call.launcher.forward(call.problem, operands, call.plan)
+
+
+def _attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    operands, call = _stated(inputs)
+    return run_forward(call, operands)
 
 
 def _attention_backward(
@@ -127,11 +137,11 @@ def _refuse_forward_mode(operands: Operands) -> None:
     for name in (*DIFFERENTIABLE, "alibi_slopes"):
         tensor = getattr(operands, name)
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            remedy = "take reverse-mode ones, for example with torch.autograd.grad or torch.func.vjp"
+            remedy = "take reverse-mode ones, with torch.autograd.grad"
             raise UnsupportedProblem(f"No kernel has forward-mode derivatives, and {name} has a tangent; {remedy}.", {})
 
 
-def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, _Prepared]:
+def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, Prepared]:
     """The op's flat inputs as the objects they stand for."""
     tensors, options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
     operands = Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
@@ -148,7 +158,7 @@ def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, _Prepared]:
     return operands, prepared
 
 
-def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> _Prepared:
+def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> Prepared:
     max_seqlen_q, max_seqlen_kv, left, right, scale, softcap, dropout_p, deterministic, gradients = options
     problem = AttentionProblem.of(
         operands,
@@ -163,7 +173,7 @@ def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> _Pre
     )
     plan = dispatch.choose(problem, devices.detect(operands.q.device), backend)
     launcher = cast(Launcher, import_module(f"flashtile.backends.{plan.backend}.launch"))
-    return _Prepared(problem=problem, plan=plan, launcher=launcher)
+    return Prepared(problem=problem, plan=plan, launcher=launcher)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

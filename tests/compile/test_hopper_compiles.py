@@ -19,8 +19,9 @@ MOST_SPILLED = 96
 MOST_SPILLED_WITH_OPTIONS = 1536
 MOST_SPILLED_BY_THE_NEWEST = 2048
 """Bytes that rarer calls may spill, and calls with another Triton than the one that the tiles were measured with."""
-MOST_BESIDE_TILES = 1024
-"""Bytes of shared memory for barriers and single numbers, beyond the tiles that the planner counts."""
+MOST_BESIDE_TILES = 5 * 1024
+"""Bytes of shared memory beyond the tiles that the planner counts: barriers, single numbers, and what tiles of results
+pass through to lie in rows."""
 PRODUCTS = {
     "attention_forward": (2, 2),
     "attention_backward_narrow": (3, 2),

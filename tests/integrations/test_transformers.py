@@ -653,8 +653,11 @@ def test_no_host_synchronisation(side: str) -> None:
 
 @pytest.mark.gpu
 def test_cuda_graphs_of_a_static_cache_follow_the_lengths() -> None:
-    """HF#45323: a replayed graph kept the lengths it was captured with."""
-    model = decoder("Llama", "cuda", torch.bfloat16)
+    """HF#45323: a replayed graph kept the lengths it was captured with.
+
+    In float32: compiled layers round otherwise, which in bfloat16 now and then swaps two tokens that are as likely.
+    """
+    model = decoder("Llama", "cuda", torch.float32)
     model.set_attn_implementation("flashtile")
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     compile_config = transformers.CompileConfig(mode="reduce-overhead", fullgraph=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flashtile
-from flashtile import FallbackRefused, InvalidArgument, UnsupportedProblem, dispatch, ops
+from flashtile import FallbackRefused, InvalidArgument, UnsupportedProblem, dispatch, ops, repeats
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
 from flashtile.spec import devices
 from flashtile.spec.devices import DeviceSpec
@@ -217,6 +217,7 @@ class TestPreparedCalls:
 
     def test_strict_mode_still_refuses_a_call_that_came_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ops, "_prepared", {})
+        monkeypatch.setattr(repeats, "_known", {})
         monkeypatch.setattr(dispatch.BACKENDS["cpu"], "rejects", lambda *_: ("not today",))
         q, k, v = torch.randn(3, 1, 6, 1, 8).unbind()
         dispatch._choose.cache_clear()
@@ -233,6 +234,7 @@ class TestPreparedCalls:
     ) -> None:
         prepared: dict[Any, Any] = {}
         monkeypatch.setattr(ops, "_prepared", prepared)
+        monkeypatch.setattr(repeats, "_known", {})
         monkeypatch.setattr(ops, "_MAX_PREPARED", 3)
         for seqlen in (4, 4, 5, 4):
             flashtile.attention(*torch.randn(3, 1, seqlen, 1, 8).unbind())

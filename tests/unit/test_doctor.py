@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from flashtile import dispatch, doctor, functional, ops
+from flashtile import dispatch, doctor, functional, ops, repeats
 from flashtile.doctor import Diagnosis
 from flashtile.spec import devices
 
@@ -151,6 +151,7 @@ def test_nothing_that_breaks_makes_it_raise(monkeypatch: pytest.MonkeyPatch) -> 
 def forget_plans() -> None:
     dispatch._choose.cache_clear()
     ops._prepared.clear()
+    repeats._known.clear()
 
 
 def test_a_declined_probe_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

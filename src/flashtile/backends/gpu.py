@@ -81,5 +81,6 @@ def lacks_triton() -> bool:
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device, which need not be the tensor's; entering the current one is slow too."""
+    is_current = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if is_current else torch.cuda.device(tensor.device)

@@ -50,11 +50,10 @@ class ScoreRules(NamedTuple):
 
 def tma_ready(tensor: Tensor) -> Tensor:
     """The tokens themselves if TMA can address them, else a copy in rows of a length that it can."""
-    unit = ALIGNMENT_BYTES // tensor.element_size()
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    is_ready = tensor.stride(-1) == 1 and all(stride and stride % unit == 0 for stride in strides if stride != 1)
+    is_ready = _can_be_addressed(tensor.shape, tensor.stride(), tensor.dtype)
     if is_ready and tensor.data_ptr() % ALIGNMENT_BYTES == 0:
         return tensor
+    unit = ALIGNMENT_BYTES // tensor.element_size()
     *outer, width = tensor.shape
     copy = tensor.new_empty((*outer, -(-width // unit) * unit))[..., :width]
     return copy.copy_(tensor)
@@ -68,6 +67,13 @@ def descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
 def numbers_descriptor(numbers: Tensor, rows: int) -> TensorDescriptor:
     """Of ``rows`` numbers in a row of a contiguous [batch, heads, rows], packed [heads, rows], as a matrix."""
     return _described(numbers, _numbers(numbers.shape, rows))
+
+
+@lru_cache(maxsize=1024)
+def _can_be_addressed(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> bool:
+    unit = ALIGNMENT_BYTES // dtype.itemsize
+    of_axes = [stride for size, stride in zip(shape, strides, strict=True) if size > 1]
+    return strides[-1] == 1 and all(stride and stride % unit == 0 for stride in of_axes if stride != 1)
 
 
 @lru_cache(maxsize=1024)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved, TileConfig
+from flashtile.backends.base import Gradients, Plan, Saved, TileConfig
 from flashtile.backends.gpu import Heads, Sequences, device_of
 from flashtile.backends.hopper import arguments
 from flashtile.backends.hopper.arguments import tma_ready
@@ -17,7 +19,7 @@ from flashtile.backends.hopper.backward_narrow import attention_backward_narrow
 from flashtile.backends.hopper.backward_wide import attention_backward_wide
 from flashtile.backends.hopper.constants import LOG2_E, ROWS, STATISTICS_ROWS, SUM_ROWS
 from flashtile.backends.hopper.forward import attention_forward
-from flashtile.backends.hopper.launcher import Launcher
+from flashtile.backends.hopper.launcher import MOST_FORMS, Launcher
 from flashtile.backends.hopper.plan import (
     BackwardTiles,
     ForwardTiles,
@@ -51,17 +53,51 @@ _REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers of a consumer's threads and of the loader's; in all 64 Ki for an SM."""
 
 
+class _Fixed(NamedTuple):
+    """What every forward of one problem on one device has in common, and need not find out again."""
+
+    widths: tuple[int, int]
+    out_columns: int
+    heads: Heads
+    heads_per_group: int
+    has_more_shares: bool
+    constants: dict[str, int | bool]
+
+
+@lru_cache(maxsize=MOST_FORMS)
+def _fixed(problem: AttentionProblem, tiles: ForwardTiles, num_programs: int, device: torch.device) -> _Fixed:
+    consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
+    return _Fixed(
+        widths=widths(problem),
+        out_columns=out_columns(problem),
+        heads=Heads(problem.heads_q, problem.heads_per_kv),
+        heads_per_group=heads_per_group(problem, devices.detect(device)),
+        has_more_shares=num_q_tiles(problem, tiles) * problem.heads_q * problem.batch > num_programs,
+        constants={
+            "HEAD_DIM_V": problem.head_dim_v,
+            "BLOCK_KV": tiles.block_kv,
+            "NUM_CONSUMERS": tiles.num_consumers,
+            "NUM_Q_SLOTS": num_q_slots(problem),
+            "NUM_STAGES": tiles.num_stages,
+            "ORDERED": tiles.is_ordered,
+            "IN_TURN": tiles.is_in_turn,
+            "CONSUMER_REGISTERS": consumer_registers,
+            "LOADER_REGISTERS": loader_registers,
+        },
+    )
+
+
 def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[Tensor, Tensor]:
     tiles = plan.forward.tiles
     assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
-    q, k, v = (tma_ready(tensor) for tensor in (operands.q, operands.k, operands.v))
+    q, k, v = tma_ready(operands.q), tma_ready(operands.k), tma_ready(operands.v)
+    fixed = _fixed(problem, tiles, plan.forward.grid[0], q.device)
     out = q.new_empty(problem.out_shape)
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
-    (width, width_v), columns = widths(problem), out_columns(problem)
-    consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
+    width, width_v = fixed.widths
     with device_of(q):
         _FORWARD(
             _form(problem, tiles, (q, k, v), operands),
@@ -70,29 +106,22 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
                 arguments.descriptor(q, ROWS, width),
                 arguments.descriptor(k, tiles.block_kv, width),
                 arguments.descriptor(v, tiles.block_kv, width_v),
-                arguments.descriptor(out, ROWS, columns) if columns else None,
+                arguments.descriptor(out, ROWS, fixed.out_columns) if fixed.out_columns else None,
                 arguments.matrix(out),
                 lse,
                 lse.shape[-1],
                 operands.sinks,
                 arguments.score_rules(problem, operands),
                 Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
-                Heads(problem.heads_q, problem.heads_per_kv),
+                fixed.heads,
                 problem.batch,
-                heads_per_group(problem, devices.detect(q.device)),
-                _counter(problem, plan.forward, q.device),
+                fixed.heads_per_group,
+                # Counts the shares that programs take after their first one; without any, zeros are not worth a kernel.
+                (torch.zeros if fixed.has_more_shares else torch.empty)(1, dtype=torch.int32, device=q.device),
                 problem.seqlen_q,
                 problem.seqlen_kv,
             ),
-            HEAD_DIM_V=problem.head_dim_v,
-            BLOCK_KV=tiles.block_kv,
-            NUM_CONSUMERS=tiles.num_consumers,
-            NUM_Q_SLOTS=num_q_slots(problem),
-            NUM_STAGES=tiles.num_stages,
-            ORDERED=tiles.is_ordered,
-            IN_TURN=tiles.is_in_turn,
-            CONSUMER_REGISTERS=consumer_registers,
-            LOADER_REGISTERS=loader_registers,
+            **fixed.constants,
         )
     return out, lse
 
@@ -238,9 +267,3 @@ def _form(
         for option in options
     )
     return (problem, tiles, streams[0].device.index, *(stream.stride() for stream in streams), *forms)
-
-
-def _counter(problem: AttentionProblem, kernel: KernelPlan, device: torch.device) -> Tensor:
-    """Of the shares that programs take after their first one; without any it is not worth a kernel to set it to 0."""
-    has_more = num_q_tiles(problem, kernel.tiles) * problem.heads_q * problem.batch > kernel.grid[0]
-    return (torch.zeros if has_more else torch.empty)(1, dtype=torch.int32, device=device)

@@ -202,6 +202,6 @@ def forward_shared_memory_bytes(problem: AttentionProblem, tiles: ForwardTiles) 
 def backward_shared_memory_bytes(problem: AttentionProblem, tiles: BackwardTiles) -> int:
     """K and V, the slots of Q and d_out with their two numbers per row, and four squares of P and dS."""
     (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
-    parts, is_wide = tiles.block_kv // ROWS, tiles.block_kv == ROWS
-    columns = (parts + tiles.num_stages) * (width + width_v) + (3 if is_wide else 4) * ROWS
+    parts = tiles.block_kv // ROWS
+    columns = (parts + tiles.num_stages) * (width + width_v) + 4 * ROWS
     return ROWS * (columns * itemsize + 2 * tiles.num_stages * 4)

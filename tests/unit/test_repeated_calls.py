@@ -1,0 +1,244 @@
+"""A call that comes again is not checked and planned again, and nobody can tell but by the clock."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flashtile
+from flashtile import InvalidArgument, UnsupportedProblem, repeats
+from flashtile.spec import validation
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "_known", {})
+
+
+@pytest.fixture
+def num_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each call that was checked."""
+    checks, check_call = [], validation.check_call
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        checks.append(1)
+        return check_call(*args, **kwargs)
+
+    monkeypatch.setattr(validation, "check_call", counted)
+    return checks
+
+
+def qkv(seqlen: int = 7, **like: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, 2, seqlen, 4, 16, generator=torch.Generator().manual_seed(seqlen)).to(**like).unbind()
+    return q, k, v
+
+
+CUTS = torch.tensor([0, 3, 7], dtype=torch.int32)
+
+
+def packed(cuts: Tensor = CUTS, **options: Any) -> Tensor:
+    q, k, v = (tensor[0] for tensor in qkv())
+    return flashtile.attention_varlen(
+        q, k, v, cu_seqlens_q=cuts, cu_seqlens_kv=cuts, max_seqlen_q=4, max_seqlen_kv=4, **options
+    )
+
+
+# --- what is short ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "scale": 0.3, "softcap": 5.0, "window": (3, None)},
+        {"bias": torch.randn(2, 1, 7, 7), "mask": torch.ones(7, 7).tril().bool()},
+        {"alibi_slopes": torch.rand(4), "sinks": torch.rand(4)},
+        {"backend": "naive"},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+@pytest.mark.parametrize("function", [flashtile.attention, flashtile.attention_with_lse])
+def test_the_second_call_is_not_checked_and_gives_the_same(
+    function: Any, options: dict[str, Any], num_checks: list[int]
+) -> None:
+    first = function(*qkv(), **options)
+    other = tuple(tensor.clone() for tensor in qkv())
+    second = function(*other, **options)
+    assert len(num_checks) == 1
+    for found, expected in zip(second, first, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_new_values_are_computed_from(num_checks: list[int]) -> None:
+    """What is remembered holds no tensor of the first call."""
+    q, k, v = qkv()
+    sinks = torch.rand(4)
+    flashtile.attention(q, k, v, sinks=sinks)
+    again = flashtile.attention(q, k, -v, sinks=sinks - 3)
+    assert len(num_checks) == 1
+    torch.testing.assert_close(again, flashtile.attention(q, k, -v, sinks=sinks - 3, backend="naive"))
+
+
+def test_packed_sequences_are_remembered_and_their_boundaries_read_every_time(num_checks: list[int]) -> None:
+    first = packed()
+    moved = packed(torch.tensor([0, 4, 7], dtype=torch.int32))
+    assert len(num_checks) == 1 and not torch.equal(first, moved)
+    with pytest.raises(InvalidArgument, match="cu_seqlens_q"):
+        packed(torch.tensor([0, 4, 99], dtype=torch.int32))
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "_MAX_KNOWN", 3)
+    for seqlen in range(1, 10):
+        flashtile.attention(*qkv(seqlen))
+        assert len(repeats._known) <= 3
+
+
+# --- what is another call ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seqlen": 8},
+        {"dtype": torch.bfloat16},
+        {"causal": False},
+        {"scale": 0.25},
+        {"window": (2, 0)},
+        {"softcap": 1.0},
+        {"deterministic": True},
+        {"backend": "naive"},
+        {"sinks": torch.zeros(4)},
+        {"bias": torch.zeros(1, 1, 1, 1)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_call_is_checked(change: dict[str, Any], num_checks: list[int]) -> None:
+    flashtile.attention(*qkv(), causal=True)
+    like = {name: change[name] for name in ("seqlen", "dtype") if name in change}
+    options: dict[str, Any] = {"causal": True} | {name: change[name] for name in change if name not in like}
+    flashtile.attention(*qkv(**like), **options)
+    assert len(num_checks) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"causal": 1}, {"deterministic": 0}, {"softcap": False}, {"backend": "fastest"}])
+def test_a_wrong_argument_that_equals_a_right_one_is_still_wrong(wrong: dict[str, Any]) -> None:
+    flashtile.attention(*qkv(), causal=True, deterministic=False, softcap=0.0)
+    options: dict[str, Any] = {"causal": True, "deterministic": False, "softcap": 0.0} | wrong
+    with pytest.raises(InvalidArgument):
+        flashtile.attention(*qkv(), **options)
+
+
+def test_a_wrong_call_is_wrong_every_time() -> None:
+    q, k, v = qkv()
+    for _ in range(2):
+        with pytest.raises(InvalidArgument):
+            flashtile.attention(q, k[:, :, :3], v)
+        with pytest.raises(InvalidArgument):
+            flashtile.attention(q.to_sparse(), k, v)
+
+
+def test_options_that_cannot_be_hashed_are_taken_too() -> None:
+    results = [flashtile.attention(*qkv(), window=[2, 0]) for _ in range(2)]  # type: ignore[arg-type]
+    assert torch.equal(*results)
+    assert not repeats._known
+
+
+def test_dropout_draws_new_weights_every_time() -> None:
+    first, second = (flashtile.attention(*qkv(), dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_the_environment_is_asked_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    flashtile.attention(*qkv())
+    monkeypatch.setenv("FLASHTILE_BACKEND", "fastest")
+    with pytest.raises(InvalidArgument, match="FLASHTILE_BACKEND"):
+        flashtile.attention(*qkv())
+
+
+# --- who has to see the registered op ---------------------------------------------------------------------------------
+
+
+def test_gradients_go_the_long_way() -> None:
+    flashtile.attention(*qkv())
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    with torch.no_grad():
+        assert not flashtile.attention(q, k, v).requires_grad
+    out = flashtile.attention(q, k, v)
+    out.sum().backward()
+    assert q.grad is not None and bool(q.grad.isfinite().all())
+    sinks = torch.zeros(4, requires_grad=True)
+    assert flashtile.attention(*qkv(), sinks=sinks).requires_grad
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_see_the_op() -> None:
+    for _ in range(2):
+        flashtile.attention(*qkv())
+        with _Names() as mode:
+            flashtile.attention(*qkv())
+        assert "flashtile.attention_forward.default" in mode.names
+
+
+def test_function_modes_see_the_op() -> None:
+    class Names(TorchFunctionMode):
+        names: list[str]
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    mode = Names()
+    mode.names = []
+    flashtile.attention(*qkv())
+    with mode:
+        flashtile.attention(*qkv())
+    assert "flashtile.attention_forward.default" in mode.names
+
+
+def test_profilers_see_the_op() -> None:
+    flashtile.attention(*qkv())
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        flashtile.attention(*qkv())
+    assert "flashtile::attention_forward" in profiled.key_averages().table()
+
+
+def test_subclasses_see_the_op() -> None:
+    class Named(Tensor):
+        seen: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    flashtile.attention(*qkv())
+    q, k, v = qkv()
+    flashtile.attention(q.as_subclass(Named), k, v)
+    assert "flashtile.attention_forward.default" in Named.seen
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_and_tangents_go_the_long_way() -> None:
+    q, k, v = qkv()
+    expected = flashtile.attention(q, k, v)
+    one_by_one = torch.vmap(lambda q, k, v: flashtile.attention(q[None], k[None], v[None])[0])
+    torch.testing.assert_close(one_by_one(q, k, v), expected)
+    with forward_ad.dual_level(), pytest.raises(UnsupportedProblem, match="forward-mode"):
+        flashtile.attention(forward_ad.make_dual(q, torch.ones_like(q)), k, v)

@@ -28,7 +28,7 @@ _known: dict[tuple[Any, ...], Prepared] = {}
 
 def key(q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[str, Any]) -> tuple[Any, ...] | None:
     """All that the checks and the plan of a call depend on; None if the call has to go the long way."""
-    if torch.compiler.is_compiling() or _is_watched() or call["dropout_p"] != 0:
+    if torch.compiler.is_compiling() or _is_watched() or type(call["dropout_p"]) is not float or call["dropout_p"]:
         return None
     parts: list[Any] = [backend, settings.default_backend()]
     for name, value in (("q", q), ("k", k), ("v", v), *call.items()):

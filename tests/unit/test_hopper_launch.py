@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 
+import flashtile
 from flashtile.backends.hopper import launch
 from flashtile.backends.hopper.launcher import MOST_FORMS, Launcher
 from flashtile.spec import validation
 
+PARAMETERS = inspect.signature(flashtile.attention).parameters.values()
 OPTIONS: dict[str, Any] = {
-    "causal": True,
-    "window": None,
-    "scale": None,
-    "softcap": 0.0,
-    "bias": None,
-    "mask": None,
-    "alibi_slopes": None,
-    "sinks": None,
-    "dropout_p": 0.0,
-    "dropout_seed": None,
-    "deterministic": False,
-}
+    each.name: each.default for each in PARAMETERS if each.kind is each.KEYWORD_ONLY and each.name != "backend"
+} | {"causal": True}
 
 
 def form(**options: Any) -> tuple[Any, ...]:

@@ -138,6 +138,9 @@ def test_a_wrong_argument_that_equals_a_right_one_is_still_wrong(wrong: dict[str
 
 def test_a_wrong_call_is_wrong_every_time() -> None:
     q, k, v = qkv()
+    wrong: dict[str, Any] = {"dropout_p": torch.zeros(2)}
+    with pytest.raises(InvalidArgument, match="dropout_p"):
+        flashtile.attention(q, k, v, **wrong)
     for _ in range(2):
         with pytest.raises(InvalidArgument):
             flashtile.attention(q, k[:, :, :3], v)
@@ -146,8 +149,9 @@ def test_a_wrong_call_is_wrong_every_time() -> None:
 
 
 def test_options_that_cannot_be_hashed_are_taken_too() -> None:
-    results = [flashtile.attention(*qkv(), window=[2, 0]) for _ in range(2)]  # type: ignore[arg-type]
-    assert torch.equal(*results)
+    options: dict[str, Any] = {"window": [2, 0]}
+    first, second = (flashtile.attention(*qkv(), **options) for _ in range(2))
+    assert torch.equal(first, second)
     assert not repeats._known
 
 

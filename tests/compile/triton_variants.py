@@ -18,6 +18,7 @@ import torch
 from absent_gpu import DEVICES, needs, pretend
 
 from flashtile.backends.base import KernelPlan, Saved
+from flashtile.backends.gpu import COMPILER_OPTIONS
 from flashtile.backends.triton import launch, plan, tiles
 from flashtile.spec import devices, validation
 from flashtile.spec.operands import Operands
@@ -97,7 +98,7 @@ def launched(family: str, problem: AttentionProblem, operands: Operands) -> dict
         row = planned.tiles
         assert isinstance(row, tiles.GpuTiles)
         constants |= {"BLOCK_Q": row.block_q, "BLOCK_KV": row.block_kv}
-        constants |= {"num_warps": row.num_warps, "num_stages": row.num_stages}
+        constants |= {"num_warps": row.num_warps, "num_stages": row.num_stages, **COMPILER_OPTIONS}
         kernels[planned.kernel] = function.warmup(*args, grid=(1,), **constants)
 
     launch._launch = compile_only

@@ -152,7 +152,7 @@ def test_a_peer_that_failed_makes_no_pair() -> None:
 def test_findings_name_what_is_slower() -> None:
     found = results(*rows(SMALL, naive_ms=100, attention_ms=20, ms=110, naive_mb=3000, mb=2000), device="cpu")
     said = "\n".join(summary.findings(found))
-    assert "slower than the naive formula in 1 cases" in said and f"0.91x its speed: {SMALL.label}" in said
+    assert f"train: slower than the naive formula in 1 of 1 cases; at worst 0.91x its speed ({SMALL.label})." in said
     assert f"Behind {SDPA} in 1 of 1 cases; at worst 0.90x its speed" in said
     assert summary.WHAT_A_GPU_ADDS in said
     assert "interrupted" in "\n".join(summary.findings(replace(found, is_complete=False)))

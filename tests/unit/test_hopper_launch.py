@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashtile
+from flashtile.backends.gpu import COMPILER_OPTIONS
 from flashtile.backends.hopper import launch
 from flashtile.backends.hopper.launcher import MOST_FORMS, Launcher
 from flashtile.spec import validation
@@ -73,7 +74,7 @@ def test_the_second_call_of_a_form_goes_straight_to_the_compiled_kernel() -> Non
     launcher = Launcher(kernel)
     for number in (1, 2, 3):
         launcher("form", (5,), (number,), BLOCK=64)
-    assert kernel.found == [((5,), (1,), {"BLOCK": 64, "num_warps": 4})]
+    assert kernel.found == [((5,), (1,), {"BLOCK": 64, "num_warps": 4, **COMPILER_OPTIONS})]
     assert kernel.launched == [((5, 1, 1), (2, 64)), ((5, 1, 1), (3, 64))]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +15,10 @@ from torch import Tensor
 
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
+
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+"""Of every kernel. What has to round alike fuses on its own; the rest is faster so, and Triton 3.10 no longer does it
+unasked."""
 
 
 class Slopes(NamedTuple):
@@ -31,8 +34,7 @@ class Softcap(NamedTuple):
 
     scale_by_cap: Any
     """scale / cap: from the product q @ k.T to tanh's argument."""
-    cap_log2: Any
-    """cap * log2(e)"""
+    cap: Any
 
 
 class Window(NamedTuple):
@@ -64,8 +66,7 @@ def window(problem: AttentionProblem) -> Window:
 
 
 def softcap(problem: AttentionProblem) -> Softcap | None:
-    """With scores as powers of two."""
-    return Softcap(problem.scale / problem.softcap, problem.softcap * math.log2(math.e)) if problem.softcap else None
+    return Softcap(problem.scale / problem.softcap, problem.softcap) if problem.softcap else None
 
 
 def slopes(operands: Operands) -> Slopes | None:

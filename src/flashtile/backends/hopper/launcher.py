@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from flashtile.backends.gpu import COMPILER_OPTIONS
+
 MOST_FORMS = 4096
 
 
@@ -31,4 +33,4 @@ class Launcher:
             return
         if len(self._compiled) >= MOST_FORMS:
             self._compiled.clear()
-        self._compiled[form] = self.kernel[grid](*arguments, **constants, num_warps=4)
+        self._compiled[form] = self.kernel[grid](*arguments, **constants, num_warps=4, **COMPILER_OPTIONS)

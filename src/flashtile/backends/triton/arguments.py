@@ -62,8 +62,9 @@ class Dropout(NamedTuple):
 class ScoreRules(NamedTuple):
     """Everything between the product q @ k.T and the probabilities that are multiplied with V."""
 
+    scale: Any
     scale_log2: Any
-    """scale * log2(e): scores are powers of two throughout."""
+    """scale * log2(e): from products to powers of two."""
     window: Window
     softcap: Softcap | None
     bias: PairMatrix | None
@@ -111,6 +112,7 @@ def score_rules(problem: AttentionProblem, operands: Operands) -> ScoreRules:
         # Without these options the kernels find each row's maximum before they scale, which needs a positive scale.
         bias = torch.zeros((), device=operands.q.device)
     return ScoreRules(
+        scale=problem.scale,
         scale_log2=problem.scale * LOG2_E,
         window=window(problem),
         softcap=softcap(problem),

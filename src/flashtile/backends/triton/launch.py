@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
-from flashtile.backends.gpu import Heads, Sequences, device_of
+from flashtile.backends.gpu import COMPILER_OPTIONS, Heads, Sequences, device_of
 from flashtile.backends.triton import arguments
 from flashtile.backends.triton.arguments import Matrix, Statistics
 from flashtile.backends.triton.backward import attention_backward_kv, attention_backward_q, attention_row_statistics
@@ -163,6 +163,7 @@ def _launch(kernel: Any, plan: KernelPlan, *args: Any, **constants: Any) -> None
             BLOCK_KV=tiles.block_kv,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            **COMPILER_OPTIONS,
         )
 
 

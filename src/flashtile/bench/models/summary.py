@@ -29,10 +29,16 @@ def conditions(results: ModelResults) -> list[str]:
 def findings(results: ModelResults) -> list[str]:
     """Where flashtile makes a model slower, and what this run leaves open."""
     lines = []
-    slower = sorted((pair for pair in pairs(results) if pair.speedup < 1), key=lambda pair: pair.speedup)
-    if slower:
-        lines.append(f"flashtile makes the model slower than the naive formula in {len(slower)} cases:")
-        lines += [f"  {pair.speedup:.2f}x its speed: {pair.case.label}" for pair in slower]
+    compared = pairs(results)
+    for mode in MODES:
+        of_mode = [pair for pair in compared if pair.case.mode == mode]
+        slower = [pair for pair in of_mode if pair.speedup < 1]
+        if slower:
+            worst = min(slower, key=lambda pair: pair.speedup)
+            lines.append(
+                f"{mode}: slower than the naive formula in {len(slower)} of {len(of_mode)} cases; at worst "
+                f"{worst.speedup:.2f}x its speed ({worst.case.label})."
+            )
     behind = [
         row
         for row in results.rows

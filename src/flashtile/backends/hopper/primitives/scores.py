@@ -44,7 +44,7 @@ def scored(product, head, q_pos, kv_pos, is_masked):
     s, capped, to_log2 = product, product, rules.scale_log2
     if rules.softcap is not None:
         capped = tanh(product * rules.softcap.scale_by_cap)
-        s, to_log2 = capped, rules.softcap.cap_log2
+        s, to_log2 = capped, rules.softcap.cap * LOG2_E
     if rules.softcap is not None or rules.alibi is not None:
         # Fused products are spelled out, for forward and backward to round alike: else all p add up to 1 + e.
         added = gl.zeros_like(s)

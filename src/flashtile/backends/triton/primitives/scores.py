@@ -1,7 +1,7 @@
 """What happens to a tile of raw products q @ k.T before the softmax: scale, softcap, bias and ALiBi, masks.
 
-Only this file knows these options. Scores come out as powers of two, after multiplication with ``unit_log2``: without
-softcap, bias and ALiBi the scale is left to the exponential, where the multiplication costs nothing.
+Only this file knows these options. Scores become powers of two by multiplication with ``unit_log2``, which is left to
+the exponential, where it costs nothing; so is the scale, unless softcap, bias and ALiBi want it first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def unit_log2(rules):
     if rules.softcap is None and rules.bias is None and rules.alibi is None:
         return rules.scale_log2
     else:
-        return 1.0
+        return LOG2_E
 
 
 @triton.jit
@@ -64,19 +64,19 @@ def scored(
     else:
         q_pos, kv_pos = q_pos[:, None], kv_pos[None, :]
 
-    s, capped, to_log2 = product, product, rules.scale_log2
+    s, capped, factor = product, product, rules.scale
     if rules.softcap is not None:
         capped = tanh(product * rules.softcap.scale_by_cap)
-        s, to_log2 = capped, rules.softcap.cap_log2
+        s, factor = capped, rules.softcap.cap
     if rules.softcap is not None or rules.bias is not None or rules.alibi is not None:
         # Fused products are spelled out, for forward and backward to round alike: else all p add up to 1 + e.
         added = 0.0
         if rules.bias is not None:
-            added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32) * LOG2_E
+            added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32)
         if rules.alibi is not None:
             distance = tl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(tl.float32))
-            added = tl.fma(distance, -slope_log2(head), added)
-        s = tl.fma(s, to_log2, added)
+            added = tl.fma(distance, -slope(head), added)
+        s = tl.fma(s, factor, added)
     if rules.mask is not None:
         s = tl.where(pair_tile(rules.mask, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV) != 0, s, -INF)
     if not tile.is_full:
@@ -101,11 +101,11 @@ def survival(head, tile, TRANSPOSED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def slope_log2(head):
-    """The head's ALiBi slope, in powers of two per token."""
+def slope(head):
+    """The head's ALiBi slope."""
     alibi = head.rules.alibi
     offset = head.sequence.batch_idx * alibi.batch_stride + head.head_idx * alibi.head_stride
-    return tl.load(alibi.ptr + offset).to(tl.float32) * LOG2_E
+    return tl.load(alibi.ptr + offset).to(tl.float32)
 
 
 @triton.jit

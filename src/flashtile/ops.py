@@ -16,10 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad, profiler
 
 from flashtile import dispatch, settings
-from flashtile.backends.base import Launcher, Plan, Saved
+from flashtile.backends.base import Gradients, Launcher, Plan, Saved
 from flashtile.errors import UnsupportedProblem
 from flashtile.spec import devices, validation
 from flashtile.spec.operands import Operands
@@ -116,6 +117,23 @@ def run_forward(call: Prepared, operands: Operands) -> tuple[Tensor, Tensor]:
         return call.launcher.forward(call.problem, operands, call.plan)
 
 
+def record(call: Prepared, operands: Operands) -> tuple[Tensor, Tensor]:
+    """``run_forward``, differentiable; not for whom ``is_watched`` says that someone has to see the registered op."""
+    return _Recorded.apply(call, *(getattr(operands, name) for name in _TENSOR_FIELDS))
+
+
+def is_watched() -> bool:
+    """Whether someone looks at calls or changes them: modes, transforms, tangents, tracers, profilers."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+    )
+
+
 def _attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     operands, call = _stated(inputs)
     return run_forward(call, operands)
@@ -125,9 +143,15 @@ def _attention_backward(
     d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> list[Tensor]:
     operands, call = _stated(inputs)
-    with _without_autocast(operands.q.device.type):
-        grads = call.launcher.backward(call.problem, operands, Saved(out=out, lse=lse), d_out, d_lse, call.plan)
+    grads = _run_backward(call, operands, Saved(out=out, lse=lse), d_out, d_lse)
     return [cast(Tensor, getattr(grads, name)) for name in _wanted(call.problem.gradients)]
+
+
+def _run_backward(
+    call: Prepared, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None
+) -> Gradients:
+    with _without_autocast(operands.q.device.type):
+        return call.launcher.backward(call.problem, operands, saved, d_out, d_lse, call.plan)
 
 
 def _refuse_forward_mode(operands: Operands) -> None:
@@ -230,6 +254,26 @@ def _refuse_second_derivative(*_: Any) -> None:
     )
 
 
+def _record(ctx: Any, call: Prepared, *tensors: Any) -> tuple[Tensor, Tensor]:
+    operands = Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
+    out, lse = run_forward(call, operands)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, lse, *tensors)
+    ctx.call = call
+    return out, lse
+
+
+def _differentiate_record(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    call, (out, lse, *tensors) = ctx.call, ctx.saved_tensors
+    operands = Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
+    is_as_planned = (d_lse is not None) == ("lse" in call.problem.gradients)
+    if torch.is_grad_enabled() or is_watched() or not is_as_planned:
+        ctx.options = _flat(call.problem, operands, call.plan.backend)[_NUM_TENSORS:]
+        return _differentiate(ctx, d_out, d_lse)[: 1 + _NUM_TENSORS]
+    found = _run_backward(call, operands, Saved(out=out, lse=lse), d_out, d_lse)
+    return (None, *(getattr(found, name, None) for name in _TENSOR_FIELDS))
+
+
 def _autograd_node(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     """An autograd function of (the dispatcher's keys, the op's flat inputs)."""
     return type(
@@ -238,6 +282,7 @@ def _autograd_node(name: str, forward: Callable[..., Any], backward: Callable[..
 
 
 _AttentionForward = _autograd_node("FlashtileAttention", _forward_and_save, _differentiate)
+_Recorded = _autograd_node("FlashtileAttentionAgain", _record, _differentiate_record)
 _AttentionBackward = _autograd_node("FlashtileAttentionBackward", _backward_alone, _refuse_second_derivative)
 
 

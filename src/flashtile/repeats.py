@@ -1,8 +1,8 @@
 """The short way for a call that comes again: the checks and the plan of the first one hold for all that are like it.
 
-Only eager calls without gradients take it, the steps of a generation above all, whose kernels need less time than the
-checks and torch's dispatcher. Whatever looks at calls or changes them (compiler, profiler, modes, transforms,
-subclasses of tensors) gets to see the registered op.
+Only eager calls take it: short ones, the steps of a generation above all, whose kernels need less time than the checks
+and torch's dispatcher. Whatever looks at calls or changes them (compiler, profiler, modes, transforms, subclasses of
+tensors) gets to see the registered op.
 """
 
 from __future__ import annotations
@@ -11,39 +11,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad, profiler
 
-from flashtile import dispatch, ops, settings
+from flashtile import dispatch, ops
 from flashtile.ops import Prepared
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
 _MAX_KNOWN = 4096
 _TENSORS = ("bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_kv")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 _known: dict[tuple[Any, ...], Prepared] = {}
 
 
 def key(q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[str, Any]) -> tuple[Any, ...] | None:
-    """All that the checks and the plan of a call depend on; None if the call has to go the long way."""
-    if torch.compiler.is_compiling() or _is_watched() or type(call["dropout_p"]) is not float or call["dropout_p"]:
+    """All that checks, plan and launch depend on but values and addresses; None if the call has to go the long way."""
+    if torch.compiler.is_compiling() or ops.is_watched() or type(call["dropout_p"]) is not float or call["dropout_p"]:
         return None
-    parts: list[Any] = [backend, settings.default_backend()]
-    for name, value in (("q", q), ("k", k), ("v", v), *call.items()):
-        kind = type(value)
-        if kind in _PLAIN:
-            if value.is_nested or (name in call and name not in _TENSORS):
-                return None
-            if value.requires_grad and torch.is_grad_enabled():
-                return None
-            parts += (value.shape, value.dtype, value.device, value.layout)
-        elif isinstance(value, Tensor):
+    options = tuple(call.values())
+    kinds = tuple(map(type, options))  # or 1 would pass for True
+    tensors = (q, k, v)
+    if not _PLAIN.isdisjoint(kinds):
+        if any(type(call[name]) in _PLAIN for name in call.keys() - _TENSORS):
             return None
-        else:
-            parts += (kind, value)  # or 1 would pass for True
-    return tuple(parts)
+        tensors = (q, k, v, *(option for option in options if isinstance(option, Tensor)))
+        options = tuple(None if type(option) in _PLAIN else option for option in options)
+    records = torch.is_grad_enabled()
+    forms: list[Any] = []
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
+            return None
+        forms += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, records and tensor.requires_grad)
+    return (backend, dispatch.resolved(backend), kinds, options, *forms)
 
 
 def find(key: tuple[Any, ...]) -> Prepared | None:
@@ -69,15 +68,4 @@ def run(known: Prepared, q: Tensor, k: Tensor, v: Tensor, backend: str, call: di
     """(out, lse), straight from the kernels."""
     dispatch.check_fallback(known.plan, dispatch.resolved(backend))
     operands = Operands(q=q, k=k, v=v, **{name: call[name] for name in _TENSORS if name in call})
-    return ops.run_forward(known, operands)
-
-
-def _is_watched() -> bool:
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-    )
+    return ops.record(known, operands) if known.problem.gradients else ops.run_forward(known, operands)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import flashtile
 from flashtile import InvalidArgument, UnsupportedProblem, repeats
@@ -170,16 +171,81 @@ def test_the_environment_is_asked_every_time(monkeypatch: pytest.MonkeyPatch) ->
 # --- who has to see the registered op ---------------------------------------------------------------------------------
 
 
-def test_gradients_go_the_long_way() -> None:
-    flashtile.attention(*qkv())
+def gradients(*tensors: Tensor, wants_lse: bool = False, **options: Any) -> tuple[Tensor, ...]:
+    """Of a sum of the results, for every tensor and option that requires one."""
+    leaves = [tensor for tensor in (*tensors, *options.values()) if isinstance(tensor, Tensor) and tensor.requires_grad]
+    out, lse = flashtile.attention_with_lse(*tensors, **options)
+    total = out.square().sum()
+    return torch.autograd.grad(total + lse.sum() if wants_lse else total, leaves)
+
+
+@pytest.mark.parametrize("wants_lse", [False, True], ids=["out", "out and lse"])
+def test_gradients_are_those_of_the_first_call(wants_lse: bool, num_checks: list[int]) -> None:
+    options: dict[str, Any] = {"bias": torch.randn(1, 1, 7, 7), "sinks": torch.rand(4), "softcap": 4.0}
+    for each in ("bias", "sinks"):
+        options[each].requires_grad_()
     q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    first = gradients(q, k, v, wants_lse=wants_lse, **options)
+    second = gradients(q, k, v, wants_lse=wants_lse, **options)
+    assert len(num_checks) == 1 and len(first) == 5
+    for found, expected in zip(second, first, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_other_gradients_are_another_call(num_checks: list[int]) -> None:
+    q, k, v = qkv()
+    for wanted in ([q], [q, v], [q, v]):
+        for tensor in wanted:
+            tensor.requires_grad_()
+        assert len(gradients(q, k, v)) == len(wanted)
     with torch.no_grad():
         assert not flashtile.attention(q, k, v).requires_grad
-    out = flashtile.attention(q, k, v)
-    out.sum().backward()
-    assert q.grad is not None and bool(q.grad.isfinite().all())
-    sinks = torch.zeros(4, requires_grad=True)
-    assert flashtile.attention(*qkv(), sinks=sinks).requires_grad
+    assert len(num_checks) == 3 and not flashtile.attention(*qkv()).requires_grad
+
+
+def test_second_derivatives_are_refused_every_time() -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    for _ in range(2):
+        (d_q,) = torch.autograd.grad(flashtile.attention(q, k, v).square().sum(), q, create_graph=True)
+        with pytest.raises(UnsupportedProblem, match="no derivative"):
+            d_q.sum().backward()
+
+
+def test_recomputed_and_offloaded_calls_have_the_same_gradients() -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    expected = gradients(q, k, v)
+    for _ in range(2):
+        out = checkpoint(flashtile.attention, q, k, v, use_reentrant=False)
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+        with torch.autograd.graph.save_on_cpu():
+            offloaded = flashtile.attention(q, k, v)
+        for each in (found, torch.autograd.grad(offloaded.square().sum(), (q, k, v))):
+            torch.testing.assert_close(each, expected)
+
+
+def test_what_changed_in_place_before_the_backward_is_told() -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    for _ in range(2):
+        doubled = q * 2
+        out = flashtile.attention(doubled, k, v)
+        doubled.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_negated_views_are_read_as_what_they_are() -> None:
+    q, k, v = qkv()
+    expected = flashtile.attention(-q, k, v)
+    flashtile.attention(q, k, v)
+    negated = torch.ops.aten._neg_view.default(q)
+    assert negated.is_neg() and torch.equal(flashtile.attention(negated, k, v), expected)
+
+
+def test_strides_are_part_of_a_call() -> None:
+    q, k, v = qkv()
+    expected = flashtile.attention(q, k, v)
+    moved = q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert moved.stride() != q.stride() and torch.equal(flashtile.attention(moved, k, v), expected)
 
 
 class _Names(TorchDispatchMode):

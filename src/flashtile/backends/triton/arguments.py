@@ -62,9 +62,11 @@ class Dropout(NamedTuple):
 class ScoreRules(NamedTuple):
     """Everything between the product q @ k.T and the probabilities that are multiplied with V."""
 
-    scale: Any
     scale_log2: Any
     """scale * log2(e): from products to powers of two."""
+    scale: Any
+    """If given, scores with a bias stay natural until the exponential, a multiplication less for each; ``None`` where
+    they are powers of two at once."""
     window: Window
     softcap: Softcap | None
     bias: PairMatrix | None
@@ -104,16 +106,22 @@ def statistics(problem: AttentionProblem, fill: float, device: torch.device) -> 
     return Statistics(numbers, problem.heads_q * length, length)
 
 
-def score_rules(problem: AttentionProblem, operands: Operands) -> ScoreRules:
-    """The problem's options, with the tensors that they come with."""
+def score_rules(problem: AttentionProblem, operands: Operands, *, may_be_natural: bool = False) -> ScoreRules:
+    """The problem's options, with the tensors that they come with.
+
+    Args:
+        may_be_natural: not in the dK/dV kernel, whose loop would wait for the bias. For float32, forward and backward
+            have to round scores alike, so none of them are.
+    """
     bias = operands.bias
+    is_natural = may_be_natural and bias is not None and problem.dtype.itemsize == 2
     is_plain = not (problem.softcap or problem.has_alibi or bias is not None)
     if is_plain and problem.scale <= 0:
         # Without these options the kernels find each row's maximum before they scale, which needs a positive scale.
         bias = torch.zeros((), device=operands.q.device)
     return ScoreRules(
-        scale=problem.scale,
         scale_log2=problem.scale * LOG2_E,
+        scale=problem.scale if is_natural else None,
         window=window(problem),
         softcap=softcap(problem),
         bias=None if bias is None else pair_matrix(bias, problem),

@@ -37,7 +37,7 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
             lse,
             lse.shape[-1],
             operands.sinks,
-            arguments.score_rules(problem, operands),
+            arguments.score_rules(problem, operands, may_be_natural=True),
             *_sizes(problem, operands),
             **_dims(problem),
         )
@@ -63,10 +63,9 @@ def backward(
             _launch(attention_backward_kv, kernels["backward_kv"], *recomputed, *targets, scale, rules, *sizes, **dims)
         if "q" in wanted:
             d_q = _empty_gradient(problem, operands.q)
-            target = arguments.token_matrix(d_q)
-            _launch(
-                attention_backward_q, kernels["backward_q"], *recomputed, target, problem.scale, rules, *sizes, **dims
-            )
+            target, scale = arguments.token_matrix(d_q), problem.scale
+            rules_of_q = arguments.score_rules(problem, operands, may_be_natural=True)
+            _launch(attention_backward_q, kernels["backward_q"], *recomputed, target, scale, rules_of_q, *sizes, **dims)
         if "bias" in wanted:
             assert operands.bias is not None
             d_bias = _bias_gradient(problem, operands.bias, kernels["bias_gradient"], recomputed, rules, sizes, dims)

@@ -1,7 +1,7 @@
 """What happens to a tile of raw products q @ k.T before the softmax: scale, softcap, bias and ALiBi, masks.
 
-Only this file knows these options. Scores become powers of two by multiplication with ``unit_log2``, which is left to
-the exponential, where it costs nothing; so is the scale, unless softcap, bias and ALiBi want it first.
+Only this file knows these options. Scores become powers of two by multiplication with ``unit_log2``, which the
+exponential does at no cost: that is the scale, unless softcap, bias and ALiBi want it first.
 """
 
 from __future__ import annotations
@@ -38,8 +38,19 @@ def unit_log2(rules):
     """What turns the scores of ``scored`` into powers of two; positive."""
     if rules.softcap is None and rules.bias is None and rules.alibi is None:
         return rules.scale_log2
+    elif rules.scale is None:
+        return 1.0
     else:
         return LOG2_E
+
+
+@triton.jit
+def _natural(rules):
+    """The unit of scores that softcap, bias and ALiBi change: 1, or log2(e) if they come as powers of two."""
+    if rules.scale is None:
+        return LOG2_E
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -64,15 +75,15 @@ def scored(
     else:
         q_pos, kv_pos = q_pos[:, None], kv_pos[None, :]
 
-    s, capped, factor = product, product, rules.scale
+    s, capped, factor = product, product, rules.scale_log2 if rules.scale is None else rules.scale
     if rules.softcap is not None:
         capped = tanh(product * rules.softcap.scale_by_cap)
-        s, factor = capped, rules.softcap.cap
+        s, factor = capped, rules.softcap.cap * _natural(rules)
     if rules.softcap is not None or rules.bias is not None or rules.alibi is not None:
         # Fused products are spelled out, for forward and backward to round alike: else all p add up to 1 + e.
         added = 0.0
         if rules.bias is not None:
-            added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32)
+            added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32) * _natural(rules)
         if rules.alibi is not None:
             distance = tl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(tl.float32))
             added = tl.fma(distance, -slope(head), added)
@@ -102,10 +113,10 @@ def survival(head, tile, TRANSPOSED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_
 
 @triton.jit
 def slope(head):
-    """The head's ALiBi slope."""
+    """The head's ALiBi slope, in the unit of the scores."""
     alibi = head.rules.alibi
     offset = head.sequence.batch_idx * alibi.batch_stride + head.head_idx * alibi.head_stride
-    return tl.load(alibi.ptr + offset).to(tl.float32)
+    return tl.load(alibi.ptr + offset).to(tl.float32) * _natural(head.rules)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from the results of ``flashtile bench kernels`` under benchmarks/results/."""
+"""Writes docs/performance.md and its pictures from the results of ``flashtile bench kernels``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from flashtile.bench import markdown, results
 from flashtile.bench.results import KernelResults
+from flashtile.report.kernels.picture import picture
+from flashtile.report.kernels.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to read")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md", help="page to write")
     args = parser.parse_args(argv)
-    args.out.write_text(markdown.page(kernel_results(args.results)), encoding="utf-8")
+    found = kernel_results(args.results)
+    pictures = {name: drawn for name, each in found.items() if (drawn := picture(Run(name, each))) is not None}
+    for name, drawn in pictures.items():
+        (args.out.parent / markdown.picture_of(name)).write_text(drawn, encoding="utf-8")
+    args.out.write_text(markdown.page(found, with_pictures=pictures), encoding="utf-8")
     return 0
 
 

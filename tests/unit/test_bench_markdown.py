@@ -85,6 +85,12 @@ def test_the_page_is_that_of_the_files(tmp_path: Path) -> None:
         path.read_text(encoding="utf-8") for path in (tmp_path / "page.md", ROOT / "docs/performance.md")
     )
     assert stored == written, "run 'make performance'"
+    pictures = sorted(tmp_path.glob("*.svg"))
+    assert [path.name for path in pictures] == sorted(path.name for path in (ROOT / "docs").glob("performance_*.svg"))
+    for path in pictures:
+        drawn = path.read_text(encoding="utf-8")
+        assert drawn == (ROOT / "docs" / path.name).read_text(encoding="utf-8"), "run 'make performance'"
+        assert f"({path.name})" in stored
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         if isinstance(results.load(path), KernelResults):
             assert f"(../benchmarks/results/{path.name})" in stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from statistics import geometric_mean
 
 from flashtile.bench.baselines import FLASHTILE
@@ -42,25 +42,32 @@ How to read the tables:
 """
 
 
-def page(files: Mapping[str, KernelResults]) -> str:
+def page(files: Mapping[str, KernelResults], *, with_pictures: Container[str] = ()) -> str:
     """The whole page.
 
     Args:
         files: results by the name of their file under ``benchmarks/results/``.
+        with_pictures: names of those that a picture beside the page shows: ``picture_of``.
 
     Returns:
-        Markdown that depends on nothing but ``files``; runs on GPUs come first.
+        Markdown that depends on nothing but its arguments; runs on GPUs come first.
     """
     ordered = sorted(files.items(), key=lambda item: (item[1].environment.device == "cpu", item[0]))
-    return "\n".join([_HEAD, *(_run(name, results) for name, results in ordered)])
+    return "\n".join([_HEAD, *(_run(name, results, name in with_pictures) for name, results in ordered)])
 
 
-def _run(name: str, results: KernelResults) -> str:
+def picture_of(name: str) -> str:
+    """The name of the picture of a results file."""
+    return f"performance_{name.removesuffix('.json')}.svg"
+
+
+def _run(name: str, results: KernelResults, has_picture: bool) -> str:
     timed = rivals(results)
     known = {peer: ratios for peer in timed if (ratios := speedups(results, peer))}
     parts = [
         f"## {_escaped(results.environment.device_name)}",
         _conditions(name, results),
+        *([f"![Speed over the sequence length, from {name}]({picture_of(name)})"] if has_picture else []),
         "### Where flashtile is slower",
         _bullets(f"{_title(peer)}: {where_slower(ratios)}" for peer, ratios in known.items())
         or "Nothing to compare with.",

@@ -68,6 +68,19 @@ def test_every_option_compiles_whole(options: dict[str, Any]) -> None:
     assert_same(found, expected, 1e-6)
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_cross_attention_to_a_memory_compiles_whole(is_padded: bool) -> None:
+    module, mask = multihead_of({"n_head_kv": 2}), mask_of(MASKS["holes"])
+    x = torch.randn(4, 2, D_MODEL, dtype=torch.float64)
+    source = inputs_of(mask) if is_padded else torch.randn(4, SEQLEN, D_MODEL, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return module(x, module.new_memory(source, pad_mask_kv=mask if is_padded else None))
+
+    found, expected = (with_gradients(module, lambda f=f: f(x), source) for f in (compiled(run), run))
+    assert_same(found, expected, 1e-6)
+
+
 def test_the_naive_module_compiles_whole() -> None:
     module, mask = NaiveAttention(D_MODEL, N_HEAD, causal=True), mask_of(MASKS["left"])
     x = inputs_of(mask, dtype=torch.float32)

@@ -27,6 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
 PUBLIC = [
     "FlashAttention",
     "KVCache",
+    "Memory",
     "MultiheadAttention",
     "NaiveAttention",
     "Packing",

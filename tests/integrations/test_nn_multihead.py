@@ -65,6 +65,42 @@ def test_cross_attention(options: dict[str, Any], padding: str | None, padding_k
     assert_same(found, expected, 1e-10)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("padding", "padding_kv"), [("left", "right"), ("right", None), (None, "holes"), (None, None)])
+@pytest.mark.parametrize("options", CROSS, ids=str)
+def test_a_memory_gives_what_its_source_gives(
+    options: dict[str, Any], padding: str | None, padding_kv: str | None, device: str
+) -> None:
+    """Gradients too, those of two calls with one memory being the sum of theirs."""
+    module = multihead_of({**options, "d_key": 12, "d_value": 20}, device=device)
+    mask = mask_of(MASKS[padding or "none"], device)
+    mask_kv = mask_of(MASKS[padding_kv or "none"], device)[:, :7]
+    x, key, value = inputs_of(mask), inputs_of(mask_kv, 12, seed=1), inputs_of(mask_kv, 20, seed=2)
+    pad_mask, pad_mask_kv = mask if padding else None, mask_kv if padding_kv else None
+
+    def remembered() -> Tensor:
+        memory = module.new_memory(key, value, pad_mask_kv=pad_mask_kv)
+        return module(x, memory, pad_mask=pad_mask) + module(2 * x, memory, pad_mask=pad_mask)
+
+    def projected_twice() -> Tensor:
+        masks = {"pad_mask": pad_mask, "pad_mask_kv": pad_mask_kv}
+        return module(x, key, value, **masks) + module(2 * x, key, value, **masks)
+
+    found = with_gradients(module, remembered, x, key, value)
+    assert_same(found, with_gradients(module, projected_twice, x, key, value), 1e-10)
+
+
+def test_a_memory_is_projected_once_and_without_its_padding() -> None:
+    module = multihead_of({})
+    rows: list[int] = []
+    module.k_proj.register_forward_hook(lambda _module, _inputs, out: rows.append(out.shape[:-1].numel()))
+    mask = mask_of(MASKS["right"])
+    memory = module.new_memory(inputs_of(mask), pad_mask_kv=mask)
+    for _ in range(3):
+        module(torch.randn(len(mask), 1, D_MODEL).double(), memory)
+    assert rows == [int(mask.sum())] and memory.batch == len(mask)
+
+
 def test_a_key_alone_is_the_value_too() -> None:
     module, x, memory = multihead_of({}), torch.randn(2, 3, D_MODEL).double(), torch.randn(2, 5, D_MODEL).double()
     torch.testing.assert_close(module(x, memory), module(x, memory, memory))
@@ -246,6 +282,7 @@ def test_rotary_refuses(options: dict[str, Any], words: str) -> None:
 
 X = torch.randn(2, 5, D_MODEL)
 MASK = torch.ones(2, 5, dtype=torch.bool)
+MEMORY = MultiheadAttention(D_MODEL, N_HEAD).new_memory(X)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +303,9 @@ MASK = torch.ones(2, 5, dtype=torch.bool)
         ({"pad_mask": Packing.full(2, 6)}, r"^pad_mask: got the packing of a batch \[2, 6\]"),
         ({"pad_mask_kv": MASK}, "^pad_mask_kv: got .*pass it as pad_mask"),
         ({"key": X.clone(), "pad_mask_kv": MASK.int()}, "^pad_mask_kv: got a torch.int32 tensor"),
+        ({"key": MEMORY, "value": X}, "^value: got .*wanted None beside a Memory.*new_memory"),
+        ({"key": MEMORY, "pad_mask_kv": MASK}, "^pad_mask_kv: got .*wanted None beside a Memory"),
+        ({"key": MEMORY, "query": X[:1]}, "^key: got batch 2 beside the query's 1"),
         ({"cache": 3}, "^cache: got 3"),
         ({"cache": KVCache(3, 8, heads_kv=4, head_dim=8)}, "^cache: got KVCache.3, 8.*wanted a KVCache of 2 sequences"),
         ({"cache": KVCache(2, 8, heads_kv=4, head_dim=8)}, "^cache: got a call that records gradients"),
@@ -280,6 +320,7 @@ def test_calls_refused(arguments: dict[str, Any], words: str) -> None:
     ("options", "arguments", "words"),
     [
         ({"rotary": Rotary()}, {"key": X.clone()}, "rotary turns positions of one sequence"),
+        ({"rotary": Rotary()}, {"key": MEMORY}, "rotary turns positions of one sequence"),
         ({}, {"key": X.clone(), "cache": KVCache(2, 8, heads_kv=4, head_dim=8)}, "cache holds keys of the query's own"),
     ],
 )

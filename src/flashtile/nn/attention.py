@@ -95,9 +95,9 @@ class FlashAttention(_SelfAttention):
         """
         self._check_input("x", x, self.d_model)
         if pad_mask is None:
-            return self._attend_dense(x, x, x)
+            return self._attend_dense(x, x)
         rows = packing_of("pad_mask", pad_mask, x)
-        return self._attend_packed(x, x, x, rows, rows)
+        return self._attend_packed(x, x, rows)
 
 
 class NaiveAttention(_SelfAttention):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from flashtile.errors import UnsupportedProblem, invalid
+from flashtile.functional import attention
 from flashtile.nn import torch_state
 from flashtile.nn.kv_cache import KVCache
+from flashtile.nn.memory import Memory
 from flashtile.nn.padding import Packing, packing_of
 from flashtile.nn.projections import ProjectedAttention
 from flashtile.spec.options import describe
@@ -94,10 +96,43 @@ class MultiheadAttention(ProjectedAttention):
             dtype=dtype or weight.dtype,
         )
 
+    def new_memory(
+        self, key: Tensor, value: Tensor | None = None, *, pad_mask_kv: Tensor | Packing | None = None
+    ) -> Memory:
+        """What cross-attention attends to, projected once for many queries: the steps of a generation, say.
+
+        Pass it as the key of the calls; they give what they give with these arguments.
+
+        Args:
+            key: [batch, seqlen_kv, d_key].
+            value: [batch, seqlen_kv, d_value]; None is the key.
+            pad_mask_kv: [batch, seqlen_kv] boolean, True = a token, or its ``Packing``. Padding is not projected.
+
+        Raises:
+            InvalidArgument: a wrong argument, which the text names.
+
+        Example:
+            >>> import torch
+            >>> from flashtile.nn import MultiheadAttention
+            >>> attention = MultiheadAttention(64, 8)
+            >>> encoded, token = torch.randn(1, 100, 64), torch.randn(1, 1, 64)
+            >>> torch.allclose(attention(token, attention.new_memory(encoded)), attention(token, encoded))
+            True
+        """
+        value = key if value is None else value
+        self._check_sources(key, value)
+        if pad_mask_kv is None:
+            k, v = self._project_kv(key, value)
+            return Memory(k=k, v=v)
+        rows = packing_of("pad_mask_kv", pad_mask_kv, key)
+        tokens = rows.pack(key)
+        k, v = self._project_kv(tokens, tokens if value is key else rows.pack(value))
+        return Memory(k=k, v=v, packing=rows)
+
     def forward(
         self,
         query: Tensor,
-        key: Tensor | None = None,
+        key: Tensor | Memory | None = None,
         value: Tensor | None = None,
         *,
         pad_mask: Tensor | Packing | None = None,
@@ -108,7 +143,8 @@ class MultiheadAttention(ProjectedAttention):
 
         Args:
             query: [batch, seqlen_q, d_model], in the parameters' dtype unless torch.autocast is on.
-            key: [batch, seqlen_kv, d_key]; None, or the very same tensor as the query, is self-attention.
+            key: [batch, seqlen_kv, d_key], or the ``new_memory`` of one; None, or the very same tensor as the query, is
+                self-attention.
             value: [batch, seqlen_kv, d_value]; None is the key.
             pad_mask: [batch, seqlen_q] boolean, True = a token; padding may be on either side and in between. Or the
                 mask's ``Packing``, made once for all layers: making one from a mask on a GPU waits for the mask.
@@ -127,18 +163,34 @@ class MultiheadAttention(ProjectedAttention):
             UnsupportedProblem: rotary embedding or a cache with a key that is not the query.
         """
         key = query if key is None else key
-        value = key if value is None else value
         is_self = key is query
-        self._check_inputs(query, key, value)
-        self._check_together(is_self, pad_mask_kv, cache)
+        self._check_input("query", query, self.d_model)
+        self._check_together(is_self, isinstance(key, Memory), value, pad_mask_kv, cache)
+        if not is_self:
+            memory = key if isinstance(key, Memory) else self.new_memory(key, value, pad_mask_kv=pad_mask_kv)
+            return self._attend_memory(query, memory, pad_mask)
+        value = query if value is None else value
+        self._check_sources(query, value)
         if cache is not None:
             self._check_cache(cache, query)
             return self._attend_cached(query, value, pad_mask, cache)
-        if pad_mask is None and pad_mask_kv is None:
-            return self._attend_dense(query, key, value)
-        rows = _packing("pad_mask", pad_mask, query)
-        rows_kv = rows if is_self else _packing("pad_mask_kv", pad_mask_kv, key)
-        return self._attend_packed(query, key, value, rows, rows_kv)
+        if pad_mask is None:
+            return self._attend_dense(query, value)
+        return self._attend_packed(query, value, packing_of("pad_mask", pad_mask, query))
+
+    def _attend_memory(self, query: Tensor, memory: Memory, pad_mask: Tensor | Packing | None) -> Tensor:
+        if memory.batch != query.shape[0]:
+            raise invalid(
+                "key",
+                got=f"batch {memory.batch} beside the query's {query.shape[0]}",
+                wanted="the batch size of the query",
+                remedy="expand key and value to the query's batch",
+            )
+        if memory.packing is None and pad_mask is None:
+            return self._joined(attention(self._project_q(query), memory.k, memory.v, **self._options()))
+        rows, (k, v, rows_kv) = _packing("pad_mask", pad_mask, query), memory.packed()
+        q = self._project_q(rows.pack(query))
+        return rows.unpack(self._joined(self._attend_varlen(q, k, v, rows, rows_kv)))
 
     def _attend_cached(self, query: Tensor, value: Tensor, pad_mask: Tensor | Packing | None, cache: KVCache) -> Tensor:
         """The query is also the key."""
@@ -151,17 +203,9 @@ class MultiheadAttention(ProjectedAttention):
         cache.append(k, v, packing=rows)
         return rows.unpack(self._joined(cache.attend(q, packing=rows, **self._options())))
 
-    def _check_inputs(self, query: Any, key: Any, value: Any) -> None:
-        self._check_input("query", query, self.d_model)
+    def _check_sources(self, key: Any, value: Any) -> None:
         self._check_input("key", key, self.d_key)
         self._check_input("value", value, self.d_value)
-        if key.shape[0] != query.shape[0]:
-            raise invalid(
-                "key",
-                got=f"batch {key.shape[0]} beside the query's {query.shape[0]}",
-                wanted="the batch size of the query",
-                remedy="expand key and value to the query's batch",
-            )
         if value.shape[:2] != key.shape[:2]:
             raise invalid(
                 "value",
@@ -170,8 +214,16 @@ class MultiheadAttention(ProjectedAttention):
                 remedy="pass one value for each key",
             )
 
-    def _check_together(self, is_self: bool, pad_mask_kv: Any, cache: Any) -> None:
-        """Raises if something was passed that self-attention has not, or that it alone has."""
+    def _check_together(self, is_self: bool, is_memory: bool, value: Any, pad_mask_kv: Any, cache: Any) -> None:
+        """Raises if something was passed that self-attention or a memory has not, or that the former alone has."""
+        for name, given in (("value", value), ("pad_mask_kv", pad_mask_kv)):
+            if is_memory and given is not None:
+                raise invalid(
+                    name,
+                    got=describe(given),
+                    wanted="None beside a Memory",
+                    remedy="pass it to new_memory, which has it",
+                )
         if is_self and pad_mask_kv is not None:
             raise invalid(
                 "pad_mask_kv",

@@ -133,32 +133,38 @@ class ProjectedAttention(nn.Module):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., width] each -> q [..., n_head, head_dim], k and v [..., n_head_kv, head_dim]."""
-        return (
-            self.q_proj(query).unflatten(-1, (self.n_head, self.head_dim)),
-            self.k_proj(key).unflatten(-1, (self.n_head_kv, self.head_dim)),
-            self.v_proj(value).unflatten(-1, (self.n_head_kv, self.head_dim)),
-        )
+        return self._project_q(query), *self._project_kv(key, value)
+
+    def _project_q(self, query: Tensor) -> Tensor:
+        return self.q_proj(query).unflatten(-1, (self.n_head, self.head_dim))
+
+    def _project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        heads = (self.n_head_kv, self.head_dim)
+        return self.k_proj(key).unflatten(-1, heads), self.v_proj(value).unflatten(-1, heads)
 
     def _joined(self, out: Tensor) -> Tensor:
         """[..., n_head, head_dim] -> [..., d_model]."""
         return self.out_proj(out.flatten(-2))
 
-    def _attend_dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[batch, seqlen, width] each, without padding -> like query."""
-        q, k, v = self._project(query, key, value)
+    def _attend_dense(self, x: Tensor, value: Tensor) -> Tensor:
+        """Self-attention of [batch, seqlen, d_model] without padding."""
+        q, k, v = self._project(x, x, value)
         if self.rotary is not None:
             q, k = self.rotary.turn(q, k, torch.arange(q.shape[1], device=q.device))
         return self._joined(attention(q, k, v, **self._options()))
 
-    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, rows: Packing, rows_kv: Packing) -> Tensor:
+    def _attend_packed(self, x: Tensor, value: Tensor, rows: Packing) -> Tensor:
         """``_attend_dense`` for padded batches; everything but packing and unpacking sees tokens alone."""
-        tokens = rows.pack(query)
-        keys = tokens if key is query else rows_kv.pack(key)  # then rows_kv is rows
-        q, k, v = self._project(tokens, keys, keys if value is key else rows_kv.pack(value))
+        tokens = rows.pack(x)
+        q, k, v = self._project(tokens, tokens, tokens if value is x else rows.pack(value))
         if self.rotary is not None:
             _, positions = packed_positions(rows.cu_seqlens, num_tokens=len(q))
             q, k = self.rotary.turn(q, k, positions)
-        out = attention_varlen(
+        return rows.unpack(self._joined(self._attend_varlen(q, k, v, rows, rows)))
+
+    def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, rows: Packing, rows_kv: Packing) -> Tensor:
+        """[tokens, heads, head_dim] each."""
+        return attention_varlen(
             q,
             k,
             v,
@@ -168,7 +174,6 @@ class ProjectedAttention(nn.Module):
             max_seqlen_kv=rows_kv.max_seqlen,
             **self._options(),
         )
-        return rows.unpack(self._joined(out))
 
     def _load_from_state_dict(
         self,

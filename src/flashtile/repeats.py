@@ -20,6 +20,7 @@ from flashtile.spec.problem import AttentionProblem
 _MAX_KNOWN = 4096
 _TENSORS = ("bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_kv")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((type(None), bool, int, float, str, tuple, list))
 
 _known: dict[tuple[Any, ...], Prepared] = {}
 
@@ -31,11 +32,11 @@ def key(q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[str, Any]) -> 
     options = tuple(call.values())
     kinds = tuple(map(type, options))  # or 1 would pass for True
     tensors = (q, k, v)
-    if not _PLAIN.isdisjoint(kinds):
-        if any(type(call[name]) in _PLAIN for name in call.keys() - _TENSORS):
+    if not _NO_TENSORS.issuperset(kinds):
+        if any(isinstance(call[name], Tensor) for name in call.keys() - _TENSORS):
             return None
         tensors = (q, k, v, *(option for option in options if isinstance(option, Tensor)))
-        options = tuple(None if type(option) in _PLAIN else option for option in options)
+        options = tuple(None if isinstance(option, Tensor) else option for option in options)
     records = torch.is_grad_enabled()
     forms: list[Any] = []
     for tensor in tensors:

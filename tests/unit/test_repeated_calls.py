@@ -298,10 +298,14 @@ def test_subclasses_see_the_op() -> None:
             cls.seen.append(str(func))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    flashtile.attention(*qkv())
     q, k, v = qkv()
-    flashtile.attention(q.as_subclass(Named), k, v)
-    assert "flashtile.attention_forward.default" in Named.seen
+    bias = torch.zeros(7, 7)
+    for named in ((q.as_subclass(Named), bias), (q, bias.as_subclass(Named))):
+        Named.seen.clear()
+        for _ in range(2):
+            flashtile.attention(q, k, v, bias=bias)
+            flashtile.attention(named[0], k, v, bias=named[1])
+        assert Named.seen.count("flashtile.attention_forward.default") == 2
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

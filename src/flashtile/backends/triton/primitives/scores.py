@@ -45,8 +45,8 @@ def unit_log2(rules):
 
 
 @triton.jit
-def _natural(rules):
-    """The unit of scores that softcap, bias and ALiBi change: 1, or log2(e) if they come as powers of two."""
+def _unit(rules):
+    """What natural scores are multiplied with where softcap, bias and ALiBi change them: 1, or at once log2(e)."""
     if rules.scale is None:
         return LOG2_E
     else:
@@ -78,12 +78,12 @@ def scored(
     s, capped, factor = product, product, rules.scale_log2 if rules.scale is None else rules.scale
     if rules.softcap is not None:
         capped = tanh(product * rules.softcap.scale_by_cap)
-        s, factor = capped, rules.softcap.cap * _natural(rules)
+        s, factor = capped, rules.softcap.cap * _unit(rules)
     if rules.softcap is not None or rules.bias is not None or rules.alibi is not None:
         # Fused products are spelled out, for forward and backward to round alike: else all p add up to 1 + e.
         added = 0.0
         if rules.bias is not None:
-            added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32) * _natural(rules)
+            added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32) * _unit(rules)
         if rules.alibi is not None:
             distance = tl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(tl.float32))
             added = tl.fma(distance, -slope(head), added)
@@ -116,7 +116,7 @@ def slope(head):
     """The head's ALiBi slope, in the unit of the scores."""
     alibi = head.rules.alibi
     offset = head.sequence.batch_idx * alibi.batch_stride + head.head_idx * alibi.head_stride
-    return tl.load(alibi.ptr + offset).to(tl.float32) * _natural(head.rules)
+    return tl.load(alibi.ptr + offset).to(tl.float32) * _unit(head.rules)
 
 
 @triton.jit

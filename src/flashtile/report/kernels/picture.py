@@ -31,10 +31,12 @@ def picture(run: Run) -> str | None:
     height = 2 * _MARGIN + _LEGEND + len(shown) * row_height
     rows = [_row(view, _MARGIN + _LEGEND + index * row_height) for index, view in enumerate(shown)]
     title = html.escape(f"Speed over the sequence length, from {run.source}")
+    environment = run.results.environment
+    measured = html.escape(f"{environment.device_name}, {run.results.created_utc}, commit {environment.commit}")
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
-            f"<title>{title}</title><style>{plots.THEME_CSS} {_STYLE}</style>",
+            f"<title>{title}</title><desc>{measured}</desc><style>{plots.THEME_CSS} {_STYLE}</style>",
             f'<rect class="page" width="{width}" height="{height}"/>',
             *_legend(shown[0].rows[0].legend),
             *rows,

@@ -8,7 +8,7 @@ There are two, and each hides everything from planning to the kernels, so a grap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -168,7 +168,7 @@ def _refuse_forward_mode(operands: Operands) -> None:
 def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, Prepared]:
     """The op's flat inputs as the objects they stand for."""
     tensors, options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
-    operands = Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
+    operands = _operands(tensors)
     backend = dispatch.resolved(options[-1])
     shapes = [None if tensor is None else tensor.shape for tensor in tensors]
     key = (operands.q.device, operands.q.dtype, *shapes, *options[:-1], backend)
@@ -180,6 +180,10 @@ def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, Prepared]:
         _prepared[key] = prepared
     dispatch.check_fallback(prepared.plan, backend)
     return operands, prepared
+
+
+def _operands(tensors: Sequence[Any]) -> Operands:
+    return Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
 
 
 def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> Prepared:
@@ -255,8 +259,7 @@ def _refuse_second_derivative(*_: Any) -> None:
 
 
 def _record(ctx: Any, call: Prepared, *tensors: Any) -> tuple[Tensor, Tensor]:
-    operands = Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
-    out, lse = run_forward(call, operands)
+    out, lse = run_forward(call, _operands(tensors))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(out, lse, *tensors)
     ctx.call = call
@@ -265,7 +268,7 @@ def _record(ctx: Any, call: Prepared, *tensors: Any) -> tuple[Tensor, Tensor]:
 
 def _differentiate_record(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     call, (out, lse, *tensors) = ctx.call, ctx.saved_tensors
-    operands = Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
+    operands = _operands(tensors)
     is_as_planned = (d_lse is not None) == ("lse" in call.problem.gradients)
     if torch.is_grad_enabled() or is_watched() or not is_as_planned:
         ctx.options = _flat(call.problem, operands, call.plan.backend)[_NUM_TENSORS:]

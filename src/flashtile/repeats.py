@@ -43,7 +43,7 @@ def key(q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[str, Any]) -> 
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
             return None
         forms += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, records and tensor.requires_grad)
-    return (backend, dispatch.resolved(backend), kinds, options, *forms)
+    return (dispatch.resolved(backend), kinds, options, *forms)
 
 
 def find(key: tuple[Any, ...]) -> Prepared | None:

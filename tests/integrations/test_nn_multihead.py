@@ -305,6 +305,10 @@ MEMORY = MultiheadAttention(D_MODEL, N_HEAD).new_memory(X)
         ({"key": X.clone(), "pad_mask_kv": MASK.int()}, "^pad_mask_kv: got a torch.int32 tensor"),
         ({"key": MEMORY, "value": X}, "^value: got .*wanted None beside a Memory.*new_memory"),
         ({"key": MEMORY, "pad_mask_kv": MASK}, "^pad_mask_kv: got .*wanted None beside a Memory"),
+        (
+            {"key": MultiheadAttention(D_MODEL, 2).new_memory(X)},
+            r"^key: got a Memory of .* = \[2, 16\].*layer, \[4, 8\]",
+        ),
         ({"key": MEMORY, "query": X[:1]}, "^key: got batch 2 beside the query's 1"),
         ({"cache": 3}, "^cache: got 3"),
         ({"cache": KVCache(3, 8, heads_kv=4, head_dim=8)}, "^cache: got KVCache.3, 8.*wanted a KVCache of 2 sequences"),

@@ -165,10 +165,12 @@ class MultiheadAttention(ProjectedAttention):
         key = query if key is None else key
         is_self = key is query
         self._check_input("query", query, self.d_model)
-        self._check_together(is_self, isinstance(key, Memory), value, pad_mask_kv, cache)
+        self._check_together(is_self, pad_mask_kv, cache)
+        if isinstance(key, Memory):
+            self._check_memory(key, value=value, pad_mask_kv=pad_mask_kv)
+            return self._attend_memory(query, key, pad_mask)
         if not is_self:
-            memory = key if isinstance(key, Memory) else self.new_memory(key, value, pad_mask_kv=pad_mask_kv)
-            return self._attend_memory(query, memory, pad_mask)
+            return self._attend_memory(query, self.new_memory(key, value, pad_mask_kv=pad_mask_kv), pad_mask)
         value = query if value is None else value
         self._check_sources(query, value)
         if cache is not None:
@@ -214,16 +216,25 @@ class MultiheadAttention(ProjectedAttention):
                 remedy="pass one value for each key",
             )
 
-    def _check_together(self, is_self: bool, is_memory: bool, value: Any, pad_mask_kv: Any, cache: Any) -> None:
-        """Raises if something was passed that self-attention or a memory has not, or that the former alone has."""
-        for name, given in (("value", value), ("pad_mask_kv", pad_mask_kv)):
-            if is_memory and given is not None:
+    def _check_memory(self, memory: Memory, **beside: Any) -> None:
+        for name, given in beside.items():
+            if given is not None:
                 raise invalid(
                     name,
                     got=describe(given),
                     wanted="None beside a Memory",
                     remedy="pass it to new_memory, which has it",
                 )
+        if memory.k.shape[-2:] != (self.n_head_kv, self.head_dim):
+            raise invalid(
+                "key",
+                got=f"a Memory of [heads, head_dim] = {list(memory.k.shape[-2:])}",
+                wanted=f"those of this layer, {[self.n_head_kv, self.head_dim]}",
+                remedy="make one for each layer, with its new_memory",
+            )
+
+    def _check_together(self, is_self: bool, pad_mask_kv: Any, cache: Any) -> None:
+        """Raises if something was passed that self-attention has not, or that it alone has."""
         if is_self and pad_mask_kv is not None:
             raise invalid(
                 "pad_mask_kv",

@@ -117,6 +117,17 @@ def run_forward(call: Prepared, operands: Operands) -> tuple[Tensor, Tensor]:
         return call.launcher.forward(call.problem, operands, call.plan)
 
 
+def run_forward_again(
+    call: Prepared, operands: Operands
+) -> tuple[tuple[Tensor, Tensor], Callable[..., tuple[Tensor, Tensor]] | None]:
+    """``run_forward``, and the backend's shortest way to it for calls like this, if there is one."""
+    find = getattr(call.launcher, "forward_again", None)
+    if find is None or operands.cu_seqlens_q is not None:
+        return run_forward(call, operands), None
+    with _without_autocast(operands.q.device.type):
+        return find(call.problem, operands, call.plan)
+
+
 def record(call: Prepared, operands: Operands) -> tuple[Tensor, Tensor]:
     """``run_forward``, differentiable; not for whom ``is_watched`` says that someone has to see the registered op."""
     return _Recorded.apply(call, *(getattr(operands, name) for name in _TENSOR_FIELDS))

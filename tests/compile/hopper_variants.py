@@ -23,6 +23,7 @@ from absent_gpu import cuobjdump, needs, pretend
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+from flashtile.backends import relaunch
 from flashtile.backends.base import Plan, Saved
 from flashtile.backends.hopper import launch, plan
 from flashtile.spec import devices, validation
@@ -119,6 +120,8 @@ class Compiled:
     log: str
     """What ptxas said."""
     seconds: float
+    can_be_relaunched: bool
+    """Whether all its parameters are known to the launch through the driver."""
 
 
 def compile_instead_of_launching(compiled: list[Compiled]) -> None:
@@ -131,8 +134,16 @@ def compile_instead_of_launching(compiled: list[Compiled]) -> None:
                 kernel = function.warmup(*args, grid=grid, **constants)
             seconds = round(time.perf_counter() - begin, 1)
             if log.getvalue():  # else this process has compiled the same before
-                name = function.fn.__name__
-                compiled.append(Compiled(name=name, kernel=kernel, log=log.getvalue(), seconds=seconds))
+                values = (*args, *(constants[name] for name in kernel.src.signature if name in constants))
+                compiled.append(
+                    Compiled(
+                        name=function.fn.__name__,
+                        kernel=kernel,
+                        log=log.getvalue(),
+                        seconds=seconds,
+                        can_be_relaunched=relaunch.parameters_of(kernel, values) is not None,
+                    )
+                )
 
         return run
 
@@ -180,6 +191,7 @@ def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[di
             "width_v": width_v,
             "planned_shared": planned.shared_memory_bytes,
             "seconds": found.seconds,
+            "relaunch": found.can_be_relaunched,
             **needs(found.kernel),
             **ptxas_report(found.log),
             **products(cuobjdump(found.kernel, "-sass")),

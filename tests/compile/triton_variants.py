@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from absent_gpu import DEVICES, needs, pretend
 
+from flashtile.backends import relaunch
 from flashtile.backends.base import KernelPlan, Saved
 from flashtile.backends.gpu import COMPILER_OPTIONS
+from flashtile.backends.launcher import Launcher
 from flashtile.backends.triton import launch, plan, tiles
 from flashtile.spec import devices, validation
 from flashtile.spec.operands import Operands
@@ -94,12 +96,19 @@ def launched(family: str, problem: AttentionProblem, operands: Operands) -> dict
     made = plan.plan(problem, devices.by_name(DEVICES[family]))
     kernels: dict[str, Any] = {}
 
-    def compile_only(function: Any, planned: KernelPlan, *args: Any, **constants: Any) -> None:
+    def compile_only(
+        launcher: Launcher, planned: KernelPlan, _problem: Any, tensors: Any, arguments: Any, **constants: Any
+    ) -> None:
         row = planned.tiles
         assert isinstance(row, tiles.GpuTiles)
+        args = arguments(*tensors)
         constants |= {"BLOCK_Q": row.block_q, "BLOCK_KV": row.block_kv}
-        constants |= {"num_warps": row.num_warps, "num_stages": row.num_stages, **COMPILER_OPTIONS}
-        kernels[planned.kernel] = function.warmup(*args, grid=(1,), **constants)
+        options: dict[str, Any] = {"num_warps": row.num_warps, "num_stages": row.num_stages, **COMPILER_OPTIONS}
+        kernel = launcher.kernel.warmup(*args, grid=(1,), **constants, **options)
+        if "ptx" in kernel.asm:
+            values = (*args, *(constants[name] for name in kernel.src.signature if name in constants))
+            assert relaunch.parameters_of(kernel, values) is not None, "the driver would not know what to launch"
+        kernels[planned.kernel] = kernel
 
     launch._launch = compile_only
     with torch.no_grad():

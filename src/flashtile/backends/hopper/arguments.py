@@ -17,11 +17,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends.gpu import Slopes, Softcap, Window, slopes, softcap, window
 from flashtile.backends.hopper.constants import LOG2_E
+from flashtile.backends.launcher import ALIGNMENT_BYTES
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
-
-ALIGNMENT_BYTES = 16
-"""Of addresses and strides, for TMA."""
 
 _ELEMENTS = {torch.float16: float16, torch.bfloat16: bfloat16, torch.float32: float32}
 

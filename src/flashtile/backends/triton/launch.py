@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
-from flashtile.backends.gpu import COMPILER_OPTIONS, Heads, Sequences, device_of
+from flashtile.backends.gpu import Heads, Sequences, device_of
+from flashtile.backends.launcher import Launcher, Tensors, inputs_of, operands_of, shortest
+from flashtile.backends.relaunch import Relaunch
 from flashtile.backends.triton import arguments
 from flashtile.backends.triton.arguments import Matrix, Statistics
 from flashtile.backends.triton.backward import attention_backward_kv, attention_backward_q, attention_row_statistics
@@ -20,18 +24,42 @@ from flashtile.backends.triton.tiles import GpuTiles, widths
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
+_FORWARD = Launcher(attention_forward)
+_ROW_STATISTICS = Launcher(attention_row_statistics)
+_BACKWARD_KV = Launcher(attention_backward_kv)
+_BACKWARD_Q = Launcher(attention_backward_q)
+_BIAS_GRADIENT = Launcher(attention_bias_gradient)
+
+_RowStatistics = tuple[Statistics, Statistics | None, Statistics]
+
 
 def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[Tensor, Tensor]:
-    q = operands.q
-    out = q.new_empty(problem.out_shape)
-    lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
+    return _forward(problem, operands, plan)[0]
+
+
+def forward_again(
+    problem: AttentionProblem, operands: Operands, plan: Plan
+) -> tuple[tuple[Tensor, Tensor], Callable[..., tuple[Tensor, Tensor]] | None]:
+    """``forward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
+    results, launch = _forward(problem, operands, plan)
+    if launch is None or problem.layout == "varlen":
+        return results, None
+    make_results = partial(_results, problem, operands.q.device)
+    return results, shortest(launch, operands, make_results, lambda operands: forward(problem, operands, plan))
+
+
+def _forward(
+    problem: AttentionProblem, operands: Operands, plan: Plan
+) -> tuple[tuple[Tensor, Tensor], Relaunch | None]:
+    """(out, lse), and what launches the same with other tensors."""
+    out, lse = _results(problem, operands.q.device)
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
-    with device_of(q):
-        _launch(
-            attention_forward,
-            plan.forward,
+
+    def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
+        operands, (out, lse) = operands_of(tensors)
+        return (
             *_qkv(operands),
             arguments.token_matrix(out),
             lse,
@@ -39,9 +67,20 @@ def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[
             operands.sinks,
             arguments.score_rules(problem, operands, may_be_natural=True),
             *_sizes(problem, operands),
-            **_dims(problem),
         )
-    return out, lse
+
+    with device_of(operands.q):
+        tensors = (*inputs_of(operands), out, lse)
+        launch = _launch(_FORWARD, plan.forward, problem, tensors, kernel_arguments, **_dims(problem))
+    return (out, lse), launch
+
+
+def _results(problem: AttentionProblem, device: torch.device) -> tuple[Tensor, Tensor]:
+    """out and lse, not filled."""
+    return (
+        torch.empty(problem.out_shape, dtype=problem.dtype, device=device),
+        torch.empty(problem.lse_shape, dtype=torch.float32, device=device),
+    )
 
 
 def backward(
@@ -53,27 +92,41 @@ def backward(
     kernels = {kernel.kernel: kernel for kernel in (plan.backward, *plan.backward.companions)}
     with device_of(operands.q):
         statistics = _row_statistics(problem, operands, saved, d_out, d_lse, kernels["row_statistics"])
-        recomputed = (*_qkv(operands), arguments.token_matrix(d_out), *statistics)
-        rules, sizes, dims = arguments.score_rules(problem, operands), _sizes(problem, operands), _dims(problem)
+        recomputed = (*inputs_of(operands), d_out, *(rows and rows.ptr for rows in statistics))
+
+        def kernel_arguments(may_be_natural: bool, *tensors: Any) -> tuple[Any, ...]:
+            operands, (*others,) = operands_of(tensors)
+            rules = arguments.score_rules(problem, operands, may_be_natural=may_be_natural)
+            targets = map(arguments.token_matrix, others[4:])
+            from_forward = _from_forward(operands, statistics, others)
+            return (*from_forward, *targets, problem.scale, rules, *_sizes(problem, operands))
+
+        dims = _dims(problem)
         d_q = d_k = d_v = d_bias = d_sinks = None
         if wanted & {"k", "v"}:
             d_k, d_v = _empty_gradient(problem, operands.k), _empty_gradient(problem, operands.v)
-            targets = (arguments.token_matrix(d_k), arguments.token_matrix(d_v))
-            scale = problem.scale
-            _launch(attention_backward_kv, kernels["backward_kv"], *recomputed, *targets, scale, rules, *sizes, **dims)
+            tensors, powers = (*recomputed, d_k, d_v), partial(kernel_arguments, False)
+            _launch(_BACKWARD_KV, kernels["backward_kv"], problem, tensors, powers, **dims)
         if "q" in wanted:
             d_q = _empty_gradient(problem, operands.q)
-            target, scale = arguments.token_matrix(d_q), problem.scale
-            rules_of_q = arguments.score_rules(problem, operands, may_be_natural=True)
-            _launch(attention_backward_q, kernels["backward_q"], *recomputed, target, scale, rules_of_q, *sizes, **dims)
+            tensors, natural = (*recomputed, d_q), partial(kernel_arguments, True)
+            _launch(_BACKWARD_Q, kernels["backward_q"], problem, tensors, natural, **dims)
         if "bias" in wanted:
             assert operands.bias is not None
-            d_bias = _bias_gradient(problem, operands.bias, kernels["bias_gradient"], recomputed, rules, sizes, dims)
+            d_bias = _bias_gradient(problem, operands.bias, kernels["bias_gradient"], recomputed, statistics, dims)
         if "sinks" in wanted:
             assert operands.sinks is not None
             d_sinks = _sink_gradient(operands.sinks, *statistics)
     found = {"q": d_q, "k": d_k, "v": d_v, "bias": d_bias, "sinks": d_sinks}
     return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
+
+
+def _from_forward(
+    operands: Operands, statistics: _RowStatistics, others: list[Any]
+) -> tuple[Matrix | Statistics | None, ...]:
+    """What every kernel computes the scores again from; ``others`` begin with d_out and the statistics' memory."""
+    rows = (of and of._replace(ptr=ptr) for of, ptr in zip(statistics, others[1:4], strict=True))
+    return (*_qkv(operands), arguments.token_matrix(others[0]), *rows)
 
 
 def _row_statistics(
@@ -83,61 +136,66 @@ def _row_statistics(
     d_out: Tensor,
     d_lse: Tensor | None,
     kernel: KernelPlan,
-) -> tuple[Statistics, Statistics | None, Statistics]:
+) -> _RowStatistics:
     """lse_log2, the probabilities' factor (16-bit inputs have no use for it), and delta; see ``MIDDLE_LOG2``."""
     lse_log2 = arguments.statistics(problem, math.inf, operands.q.device)
     is_16bit = problem.dtype.itemsize == 2
     factor = None if is_16bit else arguments.statistics(problem, 0.0, operands.q.device)
     delta = arguments.statistics(problem, 0.0, operands.q.device)
-    _launch(
-        attention_row_statistics,
-        kernel,
-        arguments.token_matrix(saved.out),
-        arguments.token_matrix(d_out),
-        saved.lse.contiguous(),
-        None if d_lse is None else d_lse.contiguous(),
-        saved.lse.shape[-1],
-        lse_log2,
-        factor,
-        delta,
-        *_sizes(problem, operands),
-        HEAD_DIM_V=problem.head_dim_v,
-        BLOCK_DV=widths(problem)[1],
-    )
-    return lse_log2, factor, delta
+    statistics = (lse_log2, factor, delta)
+
+    def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
+        operands, (out, d_out, lse, d_lse, *memory) = operands_of(tensors)
+        return (
+            arguments.token_matrix(out),
+            arguments.token_matrix(d_out),
+            lse,
+            d_lse,
+            lse.shape[-1],
+            *(rows and rows._replace(ptr=ptr) for rows, ptr in zip(statistics, memory, strict=True)),
+            *_sizes(problem, operands),
+        )
+
+    lse, d_lse = saved.lse.contiguous(), None if d_lse is None else d_lse.contiguous()
+    tensors = (*inputs_of(operands), saved.out, d_out, lse, d_lse, *(rows and rows.ptr for rows in statistics))
+    dims = {"HEAD_DIM_V": problem.head_dim_v, "BLOCK_DV": widths(problem)[1]}
+    _launch(_ROW_STATISTICS, kernel, problem, tensors, kernel_arguments, **dims)
+    return statistics
 
 
 def _bias_gradient(
     problem: AttentionProblem,
     bias: Tensor,
     kernel: KernelPlan,
-    recomputed: tuple[Matrix | Statistics | None, ...],
-    rules: arguments.ScoreRules,
-    sizes: tuple[Any, ...],
+    recomputed: tuple[Tensor | None, ...],
+    statistics: _RowStatistics,
     dims: dict[str, Any],
 ) -> Tensor:
     """Adds up the shares of the sum that the programs left, in order."""
     assert problem.bias_shape is not None
     num_shares = kernel.grid[-1]
     shares = bias.new_empty((num_shares, *problem.bias_shape), dtype=bias.dtype if num_shares == 1 else torch.float32)
-    target = Matrix(
-        shares[0],
-        *(0 if size == 1 else stride for size, stride in zip(shares.shape[1:], shares.stride()[1:], strict=True)),
+
+    def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
+        operands, (*others, target) = operands_of(tensors)
+        strides = (0 if size == 1 else stride for size, stride in zip(target.shape, target.stride(), strict=True))
+        return (
+            *_from_forward(operands, statistics, others),
+            Matrix(target, *strides),
+            shares.stride(0),
+            arguments.score_rules(problem, operands),
+            *_sizes(problem, operands),
+            problem.batch,
+            num_shares,
+        )
+
+    shared = zip(
+        ("SHARED_BATCH", "SHARED_HEADS", "SHARED_ROWS", "SHARED_COLS"),
+        (size == 1 for size in problem.bias_shape),
+        strict=True,
     )
-    shared = (size == 1 for size in problem.bias_shape)
-    _launch(
-        attention_bias_gradient,
-        kernel,
-        *recomputed,
-        target,
-        shares.stride(0),
-        rules,
-        *sizes,
-        problem.batch,
-        num_shares,
-        **dict(zip(("SHARED_BATCH", "SHARED_HEADS", "SHARED_ROWS", "SHARED_COLS"), shared, strict=True)),
-        **dims,
-    )
+    tensors = (*recomputed, shares[0])
+    _launch(_BIAS_GRADIENT, kernel, problem, tensors, kernel_arguments, **dict(shared), **dims)
     return shares.sum(0).to(bias.dtype).view(bias.shape) if num_shares > 1 else shares.view(bias.shape)
 
 
@@ -150,20 +208,30 @@ def _sink_gradient(sinks: Tensor, lse_log2: Statistics, factor: Statistics | Non
     return per_row.sum(dim=(0, 2) if per_row.dim() == 3 else 1).to(sinks.dtype)
 
 
-def _launch(kernel: Any, plan: KernelPlan, *args: Any, **constants: Any) -> None:
+def _launch(
+    launcher: Launcher,
+    plan: KernelPlan,
+    problem: AttentionProblem,
+    tensors: Tensors,
+    kernel_arguments: Callable[..., tuple[Any, ...]],
+    **constants: Any,
+) -> Relaunch | None:
     tiles = plan.tiles
     assert isinstance(tiles, GpuTiles), "the planner of this backend makes these"
     num_programs = math.prod(plan.grid)
-    if num_programs:
-        kernel[(num_programs,)](
-            *args,
-            **constants,
-            BLOCK_Q=tiles.block_q,
-            BLOCK_KV=tiles.block_kv,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            **COMPILER_OPTIONS,
-        )
+    if not num_programs:
+        return None
+    return launcher(
+        (problem, tiles),
+        (num_programs,),
+        tensors,
+        kernel_arguments,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        BLOCK_Q=tiles.block_q,
+        BLOCK_KV=tiles.block_kv,
+        **constants,
+    )
 
 
 def _qkv(operands: Operands) -> tuple[Matrix, Matrix, Matrix]:

@@ -1,0 +1,155 @@
+"""A kernel that is launched again without Triton's look-up of its compiled form, which takes longer than the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.gpu import COMPILER_OPTIONS
+from flashtile.backends.relaunch import Relaunch
+from flashtile.spec.operands import Operands
+
+MOST_FORMS = 4096
+ALIGNMENT_BYTES = 16
+"""Kernels are compiled for addresses that are multiples of this, or are not."""
+
+Tensors = tuple[Any, ...]
+"""Tensors, or ``None`` where an option is not used."""
+
+_INPUTS = (  # of Operands
+    "q",
+    "k",
+    "v",
+    "bias",
+    "mask",
+    "alibi_slopes",
+    "sinks",
+    "dropout_seed",
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+)
+
+
+class Launcher:
+    """A kernel, and how calls that came before launched it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._parameters = getattr(kernel, "arg_names", ())
+        self._compiled: dict[Hashable, Any] = {}
+        self._ready: dict[Hashable, Relaunch | None] = {}
+
+    def __call__(
+        self,
+        key: Hashable,
+        grid: tuple[int, ...],
+        tensors: Tensors,
+        arguments: Callable[..., tuple[Any, ...]],
+        *,
+        num_warps: int,
+        num_stages: int | None = None,
+        **constants: int | bool | str,
+    ) -> Relaunch | None:
+        """Launches the kernel on the current device.
+
+        Args:
+            key: all that the arguments depend on beside the tensors.
+            tensors: those that the arguments hold, each once.
+            arguments: the kernel's, from ``*tensors``; asked for only until the form is known.
+            num_warps, num_stages: for the compiler.
+            constants: the kernel's compile-time values; its parameters end with them.
+
+        Returns:
+            What launches the same with other tensors of these sizes and strides, once that is known.
+        """
+        form = (key, grid, *constants.values(), tensors[0].device.index, *map(_form, tensors))
+        ready = self._ready.get(form)
+        if ready is not None and not ready.is_watched():
+            ready(tensors)
+            return ready
+        compiled = self._compiled.get(form)
+        if compiled is None:
+            options = COMPILER_OPTIONS | {"num_warps": num_warps}
+            if num_stages is not None:
+                options["num_stages"] = num_stages
+            if len(self._compiled) >= MOST_FORMS:
+                self._compiled.clear()
+                self._ready.clear()
+            self._compiled[form] = self.kernel[grid](*arguments(*tensors), **constants, **options)
+            return None
+        in_order = tuple(constants[name] for name in self._parameters or constants if name in constants)
+        if form not in self._ready:  # comes for the second time, so it may come often
+            ready = Relaunch.of(compiled, grid, tensors, arguments, in_order)
+            self._ready[form] = ready
+            if ready is not None and not ready.is_watched():
+                ready(tensors)
+                return ready
+        compiled[(*grid, 1, 1)[:3]](*arguments(*tensors), *in_order)
+        return None
+
+
+def _form(tensor: Tensor | None) -> Hashable:
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % ALIGNMENT_BYTES
+
+
+def inputs_of(operands: Operands) -> Tensors:
+    """The tensors of a call, as ``operands_of`` takes them."""
+    return (
+        operands.q,
+        operands.k,
+        operands.v,
+        operands.bias,
+        operands.mask,
+        operands.alibi_slopes,
+        operands.sinks,
+        operands.dropout_seed,
+        operands.cu_seqlens_q,
+        operands.cu_seqlens_kv,
+    )
+
+
+def operands_of(tensors: tuple[Any, ...]) -> tuple[Operands, Tensors]:
+    """The call whose inputs come first, and the other tensors."""
+    inputs = tensors[: len(_INPUTS)]
+    return Operands(**dict(zip(_INPUTS, inputs, strict=True))), tensors[len(_INPUTS) :]
+
+
+def shortest(
+    launch: Relaunch,
+    operands: Operands,
+    make_results: Callable[[], Tensors],
+    otherwise: Callable[[Operands], tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(q, k, v, bias, mask, alibi_slopes, sinks) -> (out, lse), for tensors of the sizes and strides of ``operands``.
+
+    Args:
+        launch: takes the inputs, q, k and v at multiples of ALIGNMENT_BYTES, and what ``make_results`` makes: out, lse
+            and whatever the kernel needs besides.
+        otherwise: for tensors that begin at other multiples of bytes, and while someone wants to be told of launches.
+    """
+    device = operands.q.device.index
+    alignments = _alignments(inputs_of(operands)[:7])
+    has_options = any(each is not None for each in alignments[3:])
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        if (
+            (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT_BYTES
+            or (has_options and _alignments((q, k, v, *options)) != alignments)
+            or device != torch.cuda.current_device()
+            or launch.is_watched()
+        ):
+            return otherwise(Operands(**dict(zip(_INPUTS, (q, k, v, *options), strict=False))))
+        results = make_results()
+        launch((q, k, v, *options, None, None, None, *results))
+        return results[0], results[1]
+
+    return run
+
+
+def _alignments(tensors: tuple[Any, ...]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() % ALIGNMENT_BYTES for tensor in tensors]

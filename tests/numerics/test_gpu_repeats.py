@@ -1,0 +1,158 @@
+"""Calls on a GPU that come again are launched straight through the driver; their results are those of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from runners import HOPPER_MARKS
+from torch import Tensor
+from triton import knobs
+
+import flashtile
+from flashtile import repeats
+from flashtile.backends.hopper import launch as hopper
+from flashtile.backends.launcher import Launcher
+from flashtile.backends.triton import launch as triton
+
+pytestmark = HOPPER_MARKS
+
+NUM_CALLS = 5
+"""The first is checked and compiled, the second launched by the driver, the others take the shortest way to it."""
+
+
+Attend = Callable[..., Tensor]
+
+
+@pytest.fixture(params=["hopper", "triton"])
+def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attend:
+    """Attention by one backend, of which nothing is remembered yet."""
+    monkeypatch.setattr(repeats, "_known", {})
+    for value in (*vars(hopper).values(), *vars(triton).values()):
+        if isinstance(value, Launcher):
+            monkeypatch.setattr(value, "_compiled", {})
+            monkeypatch.setattr(value, "_ready", {})
+    return partial(flashtile.attention, backend=request.param)
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return flashtile.attention(q, k, v, backend="naive", **options).float()
+
+
+def qkv(seqlen: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    q, k, v = torch.randn(3, 2, seqlen, 4, 64, generator=generator, device="cuda", dtype=torch.bfloat16).unbind()
+    return q, k, v
+
+
+def shortest() -> list[Any]:
+    return [
+        known.again
+        for known in repeats._known.values()
+        if known.again is not None and known.prepared.plan.backend != "naive"
+    ]
+
+
+@pytest.mark.parametrize("seqlen", [1, 300, 5000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window": (100, 3), "softcap": 20.0},
+        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+        {"sinks": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_other_tensors_and_the_same_ones(options: dict[str, Any], seqlen: int, attend: Attend) -> None:
+    given = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in options.items()}
+    first = attend(*qkv(seqlen), **given)
+    for seed in range(NUM_CALLS):
+        tensors = tuple(tensor.clone() for tensor in qkv(seqlen, seed))
+        expected = naive(*tensors, **given)
+        torch.testing.assert_close(attend(*tensors, **given).float(), expected, atol=0.02, rtol=0.02)
+    assert len(shortest()) >= 1 and torch.equal(attend(*qkv(seqlen), **given), first)
+
+
+def test_one_tensor_for_three_and_then_three(attend: Attend) -> None:
+    q, k, v = qkv()
+    for _ in range(NUM_CALLS):
+        attend(q, q, q)
+    expected = naive(q, k, v)
+    torch.testing.assert_close(attend(q, k, v).float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_an_address_that_is_no_multiple_of_16_is_copied(attend: Attend) -> None:
+    q, k, v = qkv()
+    first = attend(q, k, v)
+    for _ in range(NUM_CALLS):
+        attend(q, k, v)
+    moved = torch.empty(q.numel() + 1, device="cuda", dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    assert moved.data_ptr() % 16 and torch.equal(attend(moved, k, v), first)
+
+
+def test_gradients(attend: Attend) -> None:
+    leaves = [tensor.clone().requires_grad_() for tensor in qkv()]
+    found = [torch.autograd.grad(attend(*leaves, causal=True).square().sum(), leaves) for _ in range(NUM_CALLS)]
+    for each in found[1:]:
+        for one, other in zip(each, found[0], strict=True):
+            torch.testing.assert_close(one.float(), other.float(), atol=0.02, rtol=0.02)  # d_q is added up in any order
+
+
+def test_streams_and_graphs(attend: Attend) -> None:
+    q, k, v = qkv()
+    expected = attend(q, k, v)
+    for _ in range(NUM_CALLS):
+        attend(q, k, v)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_the_side = attend(q, k, v)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(on_the_side, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(q, k, v)
+    other = qkv(seed=1)
+    for tensor, new in zip((q, k, v), other, strict=True):
+        tensor.copy_(new)
+    graph.replay()
+    assert torch.equal(captured, attend(*other))
+
+
+def test_threads(attend: Attend) -> None:
+    tensors = [qkv(seed=seed) for seed in range(8)]
+    expected = [attend(*each) for each in tensors]
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda each: attend(*each), tensors))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_hooks_of_triton_are_told(attend: Attend) -> None:
+    names: list[str] = []
+
+    def told(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    for _ in range(NUM_CALLS):
+        attend(*qkv())
+    knobs.runtime.launch_enter_hook.add(told)
+    try:
+        attend(*qkv())
+    finally:
+        knobs.runtime.launch_enter_hook.remove(told)
+    assert names == ["attention_forward"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one(attend: Attend) -> None:
+    expected = attend(*qkv()).cpu()
+    for _ in range(NUM_CALLS):
+        assert torch.equal(attend(*(tensor.to("cuda:1") for tensor in qkv())).cpu(), expected)

@@ -1,0 +1,175 @@
+"""What a launcher remembers of the calls that came before; no GPU is needed to say what it would launch."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from flashtile.backends import launcher as module
+from flashtile.backends.gpu import COMPILER_OPTIONS
+from flashtile.backends.launcher import MOST_FORMS, Launcher, inputs_of, operands_of, shortest
+from flashtile.backends.relaunch import Relaunch
+from flashtile.spec.operands import Operands
+
+
+class Kernel:
+    """Stands for a jitted function, and for its compiled form: counts who was called."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.launched: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **constants: Any) -> Compiled:
+            self.found.append((grid, arguments, constants))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+
+
+def call(launcher: Launcher, key: Any, *tensors: Tensor | None, block: int = 64) -> Any:
+    return launcher(key, (5,), tensors, lambda *tensors: (*tensors, 7), num_warps=4, BLOCK=block)
+
+
+def test_the_second_call_of_a_form_goes_straight_to_the_compiled_kernel() -> None:
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+    tensors = [torch.full((3,), number) for number in (1, 2, 3)]
+    for tensor in tensors:
+        call(launcher, "key", tensor)
+    assert kernel.found == [((5,), (tensors[0], 7), {"BLOCK": 64, "num_warps": 4, **COMPILER_OPTIONS})]
+    assert kernel.launched == [((5, 1, 1), (tensor, 7, 64)) for tensor in tensors[1:]]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        torch.zeros(4, 2),
+        torch.zeros(2, 2).T.contiguous().T,
+        torch.zeros(2, 2, dtype=torch.bfloat16),
+        torch.zeros(5)[1:].view(2, 2),
+    ],
+    ids=["absent", "size", "strides", "dtype", "address"],
+)
+def test_tensors_tell_forms_apart(other: Tensor | None) -> None:
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+    first = torch.zeros(2, 2)
+    for tensor in (first, first, other, other):
+        call(launcher, "key", first, tensor)
+    assert len(kernel.found) == 2
+
+
+def test_keys_and_constants_tell_forms_apart() -> None:
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+    for key, block in (("one", 64), ("other", 64), ("one", 32), ("one", 64)):
+        call(launcher, key, torch.zeros(1), block=block)
+    assert len(kernel.found) == 3
+
+
+class Ready:
+    """Stands for a launch through the driver."""
+
+    is_being_watched = False
+
+    def __init__(self) -> None:
+        self.launched: list[Any] = []
+
+    def is_watched(self) -> bool:
+        return self.is_being_watched
+
+    def __call__(self, tensors: Any) -> None:
+        self.launched.append(tensors)
+
+
+@pytest.fixture
+def ready(monkeypatch: pytest.MonkeyPatch) -> Ready:
+    made = Ready()
+    monkeypatch.setattr(Relaunch, "of", lambda *_: made)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    return made
+
+
+def test_from_the_second_on_the_driver_is_asked_alone(ready: Ready) -> None:
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+    found = [call(launcher, "key", torch.zeros(1)) for _ in range(4)]
+    assert (len(kernel.found), len(kernel.launched), len(ready.launched)) == (1, 0, 3)
+    assert found == [None, ready, ready, ready]
+
+
+def test_who_asks_triton_to_be_told_of_launches_is_told(ready: Ready) -> None:
+    ready.is_being_watched = True
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+    assert [call(launcher, "key", torch.zeros(1)) for _ in range(4)] == [None] * 4
+    assert (len(kernel.found), len(kernel.launched), len(ready.launched)) == (1, 3, 0)
+
+
+def test_forms_are_not_kept_without_end() -> None:
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+    for number in range(MOST_FORMS + 1):
+        call(launcher, number, torch.zeros(1))
+    assert len(launcher._compiled) == 1
+
+
+def test_operands_are_taken_apart_and_put_together() -> None:
+    tensors = tuple(torch.zeros(number) for number in range(10))
+    operands, others = operands_of((*tensors, "more"))
+    assert others == ("more",) and inputs_of(operands) == tensors
+    assert tuple(Operands.__dataclass_fields__) == module._INPUTS
+
+
+# --- the shortest way -------------------------------------------------------------------------------------------------
+
+
+def qkv(offset: int = 0) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(64 + offset, dtype=torch.bfloat16)[offset:] for _ in range(3))
+
+
+def test_the_shortest_way_makes_results_and_launches(ready: Ready) -> None:
+    q, k, v = qkv()
+    sinks = torch.zeros(4)
+    results = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    run = shortest(
+        cast(Any, ready), Operands(q=q, k=k, v=v, sinks=sinks), lambda: results, lambda _: pytest.fail("not this way")
+    )
+    others = qkv()
+    assert run(*others, None, None, None, sinks) == results[:2]
+    assert ready.launched == [(*others, None, None, None, sinks, None, None, None, *results)]
+
+
+@pytest.mark.parametrize("change", ["q", "sinks", "hooks", "device"])
+def test_what_is_not_alike_goes_another_way(change: str, ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv()
+    sinks, moved = torch.zeros(4), torch.zeros(5)[1:]
+    taken: list[Operands] = []
+
+    def otherwise(operands: Operands) -> tuple[Tensor, Tensor]:
+        taken.append(operands)
+        return q, k
+
+    run = shortest(
+        cast(Any, ready), Operands(q=q, k=k, v=v, sinks=sinks), lambda: pytest.fail("not this way"), otherwise
+    )
+    ready.is_being_watched = change == "hooks"
+    if change == "device":
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    run(qkv(1)[0] if change == "q" else q, k, v, None, None, None, moved if change == "sinks" else sinks)
+    assert len(taken) == 1 and not ready.launched and taken[0].k is k and taken[0].bias is None

@@ -38,7 +38,14 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import TileRange, is_full, kv_tiles
-from flashtile.backends.hopper.primitives.online_softmax import INF, finish, rescaled, softmax_step, thread_sums
+from flashtile.backends.hopper.primitives.online_softmax import (
+    INF,
+    finish,
+    rescaled,
+    rescaled_if_needed,
+    softmax_step,
+    thread_sums,
+)
 from flashtile.backends.hopper.primitives.scheduling import (
     END,
     Schedule,
@@ -308,7 +315,7 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
     row_sums = rescaled(sums.row_sums, rescale) + new_sums
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     release(block.v, step - 1)
-    acc = rescaled(acc, rescale)
+    acc = rescaled_if_needed(acc, rescale)
     p_operand = gl.convert_layout(p.to(dtype), sums.p_operand.type.layout)  # rounded for the product with V
     return Sums(max_log2, row_sums, acc, p_operand)
 

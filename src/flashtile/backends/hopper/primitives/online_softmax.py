@@ -11,12 +11,14 @@ from __future__ import annotations
 from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper import constants
-from flashtile.backends.hopper.primitives.gluon_compat import full_like, jit
+from flashtile.backends.hopper.primitives.gluon_compat import constexpr_function, full_like, jit
 from flashtile.backends.hopper.primitives.layouts import rows_of
 
 LOG2_E = gl.constexpr(constants.LOG2_E)
 LN_2 = gl.constexpr(1 / constants.LOG2_E)
 INF = gl.constexpr(float("inf"))
+MOST_ABOVE = gl.constexpr(8.0)
+"""How far exponents may grow beyond the one that sums are relative to, before sums are brought to a new one."""
 
 
 @jit
@@ -31,13 +33,15 @@ def softmax_step(s, max_log2, unit_log2):
 
     Args:
         s: [64, BLOCK_KV] float32 scores, which ``unit_log2 > 0`` turns into powers of two.
-        max_log2: [64] the largest exponent so far, rounded; -inf before the first.
+        max_log2: [64] the exponent that sums are relative to: at most MOST_ABOVE below the largest so far; -inf before
+            the first.
 
     Returns:
         (p, max_log2, rescale): p = exp2(unit_log2 * s - max_log2) with the new maximum, and the factor that brings sums
         of the old maximum to the new one.
     """
-    new_max = gl.maximum(max_log2, gl.max(s, 1) * unit_log2)
+    tile_max = gl.max(s, 1) * unit_log2
+    new_max = gl.where(tile_max - max_log2 > MOST_ABOVE, tile_max, max_log2)
     shift = guarded(new_max)
     p = gl.exp2(gl.fma(s, gl.to_tensor(unit_log2), -gl.expand_dims(shift, 1)))
     return p, new_max, gl.exp2(max_log2 - shift)
@@ -54,6 +58,34 @@ def rescaled(sums, rescale):
     """Sums per row (and thread or column) at the new maximum."""
     layout: gl.constexpr = rows_of(sums.type.layout)
     return sums * gl.expand_dims(gl.convert_layout(rescale, layout), 1)
+
+
+@jit
+def rescaled_if_needed(acc, rescale):
+    """``rescaled``, but a warp whose rows all have a factor of 1, almost always, multiplies nothing."""
+    NUM_COLS: gl.constexpr = acc.shape[1]
+    factors = gl.expand_dims(gl.convert_layout(rescale, rows_of(acc.type.layout)), 1)
+    asm: gl.constexpr = rescale_asm(NUM_COLS // 2)
+    constraints: gl.constexpr = rescale_constraints(NUM_COLS // 2)
+    return gl.inline_asm_elementwise(
+        asm, constraints, [acc, factors], dtype=gl.float32, is_pure=True, pack=NUM_COLS // 2
+    )
+
+
+@constexpr_function
+def rescale_asm(num):
+    """For the ``num`` numbers that a thread has of two rows, which change with every second."""
+    first, second = 2 * num, 2 * num + 2
+    copies = "".join(f"mov.b32 ${i}, ${num + i}; " for i in range(num))
+    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * num + i}; " for i in range(num))
+    test = f"setp.neu.f32 p, ${first}, 0f3F800000; setp.neu.or.f32 p, ${second}, 0f3F800000, p; "
+    vote = "vote.sync.any.pred p, p, -1; "
+    return "{ .reg .pred p; " + copies + test + vote + "@!p bra.uni DONE; " + products + "DONE: }"
+
+
+@constexpr_function
+def rescale_constraints(num):
+    return ",".join(["=&f"] * num + ["f"] * (2 * num))
 
 
 @jit

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
+from torch.utils._device import DeviceContext
 
 from flashtile import dispatch, settings
 from flashtile.backends.base import Gradients, Launcher, Plan, Saved
@@ -128,21 +130,28 @@ def run_forward_again(
         return find(call.problem, operands, call.plan)
 
 
-def record(call: Prepared, operands: Operands) -> tuple[Tensor, Tensor]:
-    """``run_forward``, differentiable; not for whom ``is_watched`` says that someone has to see the registered op."""
-    return _Recorded.apply(call, *(getattr(operands, name) for name in _TENSOR_FIELDS))
+def record(
+    call: Prepared, operands: Operands, forward: Callable[[Operands], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """``forward``, differentiable; not while ``is_watched`` says that someone has to see the registered op."""
+    return _Recorded.apply((call, operands, forward), *_tensors(operands))
 
 
 def is_watched() -> bool:
     """Whether someone looks at calls or changes them: modes, transforms, tangents, tracers, profilers."""
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or any(map(_changes_calls, range(torch._C._len_torch_function_stack())))
         or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
     )
+
+
+def _changes_calls(mode_idx: int) -> bool:
+    """A default device is a mode of torch that does not: no backend makes a tensor without naming its device."""
+    return type(torch._C._get_function_stack_at(mode_idx)) is not DeviceContext
 
 
 def _attention_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -195,6 +204,10 @@ def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, Prepared]:
 
 def _operands(tensors: Sequence[Any]) -> Operands:
     return Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
+
+
+_tensors = attrgetter(*_TENSOR_FIELDS)
+"""Of ``Operands``, the other way."""
 
 
 def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> Prepared:
@@ -269,8 +282,9 @@ def _refuse_second_derivative(*_: Any) -> None:
     )
 
 
-def _record(ctx: Any, call: Prepared, *tensors: Any) -> tuple[Tensor, Tensor]:
-    out, lse = run_forward(call, _operands(tensors))
+def _record(ctx: Any, recorded: tuple[Prepared, Operands, Any], *tensors: Any) -> tuple[Tensor, Tensor]:
+    call, operands, forward = recorded
+    out, lse = forward(operands)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(out, lse, *tensors)
     ctx.call = call

@@ -8,7 +8,7 @@ tensors) gets to see the registered op.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from flashtile.spec.problem import AttentionProblem
 _MAX_KNOWN = 4096
 _TENSORS = ("bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_kv")
 _dense_options = itemgetter("bias", "mask", "alibi_slopes", "sinks")
+_dense_operands = attrgetter("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _NO_TENSORS = frozenset((type(None), bool, int, float, str, tuple, list))
 
@@ -29,12 +30,23 @@ _NO_TENSORS = frozenset((type(None), bool, int, float, str, tuple, list))
 class Known:
     """A call that came before; ``again`` is its backend's shortest way, if it has one for calls like this."""
 
-    __slots__ = ("again", "has_come_again", "prepared")
+    __slots__ = ("again", "has_come_again", "prepared", "records")
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
+        self.records = bool(prepared.problem.gradients)
         self.has_come_again = False
         self.again: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        """(out, lse) from the kernels, below autograd."""
+        if self.again is not None:
+            return self.again(*_dense_operands(operands))
+        if self.has_come_again:
+            return ops.run_forward(self.prepared, operands)
+        self.has_come_again = True
+        results, self.again = ops.run_forward_again(self.prepared, operands)
+        return results
 
 
 _known: dict[tuple[Any, ...], Known] = {}
@@ -82,15 +94,8 @@ def remember(key: tuple[Any, ...], problem: AttentionProblem, operands: Operands
 
 def run(known: Known, q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(out, lse), straight from the kernels."""
-    if known.again is not None:
+    if known.again is not None and not known.records:
         return known.again(q, k, v, *_dense_options(call))
-    prepared = known.prepared
-    dispatch.check_fallback(prepared.plan, dispatch.resolved(backend))
+    dispatch.check_fallback(known.prepared.plan, dispatch.resolved(backend))
     operands = Operands(q=q, k=k, v=v, **{name: call[name] for name in _TENSORS if name in call})
-    if prepared.problem.gradients:
-        return ops.record(prepared, operands)
-    if known.has_come_again:
-        return ops.run_forward(prepared, operands)
-    known.has_come_again = True
-    results, known.again = ops.run_forward_again(prepared, operands)
-    return results
+    return ops.record(known.prepared, operands, known.forward) if known.records else known.forward(operands)

@@ -66,7 +66,7 @@ class Driver:
     """Keeps what each launch got, and pretends that TMA descriptors are their address and sizes."""
 
     def __init__(self) -> None:
-        self.errors: list[int] = []
+        self.errors: dict[str, int] = {}
         self.launches: list[tuple[bytes, list[Any], int]] = []
 
     def encode(self, at: Any, dtype: int, rank: int, address: Any, *_: Any) -> int:
@@ -74,12 +74,16 @@ class Driver:
         return 0
 
     def move(self, at: int, address: int) -> int:
+        if error := self.errors.pop("map", 0):
+            return error
         ctypes.memmove(at, struct.pack("<Q", address), 8)
         return 0
 
     def launch(self, config: int, function: int, parameters: int, extra: None) -> int:
         """The driver reads as many addresses as the kernel has parameters, and there as many bytes as each has."""
         assert extra is None
+        if error := self.errors.pop("launch", 0):
+            return error
         addresses = struct.unpack(f"{len(PARAMETERS)}Q", ctypes.string_at(parameters, 8 * len(PARAMETERS)))
         assert addresses[0] % 64 == 0
         found = [
@@ -87,7 +91,7 @@ class Driver:
             for code, address in zip(PARAMETERS, addresses, strict=True)
         ]
         self.launches.append((ctypes.string_at(config, 56), found, function))
-        return self.errors.pop() if self.errors else 0
+        return self.errors.get("always", 0)
 
     def tell(self, _error: int, name: Any) -> int:
         ctypes.cast(name, ctypes.POINTER(ctypes.c_char_p))[0] = b"CUDA_ERROR_OF_TEST"
@@ -202,21 +206,24 @@ def test_no_gpu_no_relaunch() -> None:
     assert Relaunch.of(compiled(), (1,), tensors, arguments, (64,)) is None
 
 
-def test_an_error_of_the_driver_is_told(driver: Driver) -> None:
+def test_an_error_of_the_driver_is_told(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaunch, "_use_cuda", lambda _device: None)
     tensors = torch.zeros(8, 4), torch.zeros(5)
     launch = made(*tensors)
     assert launch is not None
-    driver.errors = [700]
+    driver.errors["always"] = 700
     with pytest.raises(RuntimeError, match=r"700 \(CUDA_ERROR_OF_TEST\)"):
         launch(tensors)
 
 
-def test_a_thread_without_a_context_gets_one(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[int] = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+@pytest.mark.parametrize("fails_at", ["map", "launch"])
+def test_a_thread_without_a_context_gets_one(driver: Driver, monkeypatch: pytest.MonkeyPatch, fails_at: str) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(relaunch, "_use_cuda", used.append)
     tensors = torch.zeros(8, 4), torch.zeros(5)
     launch = made(*tensors)
     assert launch is not None
-    driver.errors = [201]
+    driver.errors[fails_at] = 201
     launch(tensors)
-    assert chosen == [0] and len(driver.launches) == 2
+    assert used == [0] and len(driver.launches) == 1
+    assert struct.unpack("<Q", parameters(driver)[0][:8]) == (tensors[0].data_ptr(),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -280,6 +281,16 @@ def test_function_modes_see_the_op() -> None:
     with mode:
         flashtile.attention(*qkv())
     assert "flashtile.attention_forward.default" in mode.names
+
+
+@pytest.mark.parametrize("backend", ["cpu", "naive"])
+def test_a_default_device_is_nobody_who_looks(backend: str, num_checks: list[int]) -> None:
+    leaves = [tensor.requires_grad_() for tensor in qkv()]
+    call = partial(flashtile.attention, *leaves, causal=True, softcap=5.0, backend=backend)
+    expected = torch.autograd.grad(call().sum(), leaves)
+    with torch.device("meta"):
+        found = torch.autograd.grad(call().sum(), leaves)
+    assert len(num_checks) == 1 and all(map(torch.equal, found, expected))
 
 
 def test_profilers_see_the_op() -> None:

@@ -24,7 +24,6 @@ _MAP_BYTES = 128
 """Of a TMA descriptor (CUtensorMap), whose address is a multiple of 64."""
 _ALIGNMENT = 64
 _L2_PROMOTION_128B = 2
-_NO_CONTEXT = 201
 _CODES = {"i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q"} | {
     "fp32": "f",
     "fp64": "d",
@@ -132,20 +131,23 @@ class Relaunch:
 
     def __call__(self, tensors: tuple[Any, ...]) -> None:
         """Launches the kernel on the current stream of its device, which is the current one."""
-        driver = _driver()
-        words, move = self._words, driver.cuTensorMapReplaceAddress
         with self._lock:
-            words[_STREAM_WORD] = torch._C._cuda_getCurrentRawStream(self._device)
-            for word, index in self._addresses:
-                words[word] = tensors[index].data_ptr()
-            for at, index in self._maps:
-                move(at, tensors[index].data_ptr())
-            error = driver.cuLaunchKernelEx(self._config, self._function, self._parameters, None)
-            if error == _NO_CONTEXT:  # a thread that has not used CUDA yet
-                torch.cuda.set_device(self._device)
-                error = driver.cuLaunchKernelEx(self._config, self._function, self._parameters, None)
+            error = self._launch(tensors)
+            if error:  # as in a thread that has not used CUDA yet
+                _use_cuda(self._device)
+                error = self._launch(tensors)
         if error:
             raise RuntimeError(f"CUDA driver error {error} ({_error_name(error)}) from the launch of a kernel")
+
+    def _launch(self, tensors: tuple[Any, ...]) -> int:
+        driver, words = _driver(), self._words
+        words[_STREAM_WORD] = torch._C._cuda_getCurrentRawStream(self._device)
+        for word, index in self._addresses:
+            words[word] = tensors[index].data_ptr()
+        for at, index in self._maps:
+            if error := driver.cuTensorMapReplaceAddress(at, tensors[index].data_ptr()):
+                return error
+        return driver.cuLaunchKernelEx(self._config, self._function, self._parameters, None)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
@@ -249,6 +251,11 @@ def _encode(at: int, parameter: _Map) -> bool:
         0,
     )
     return error == 0
+
+
+def _use_cuda(device: int) -> None:
+    """The runtime, which torch uses, gives the thread the context that the driver asks for."""
+    torch.zeros(1, device=f"cuda:{device}")
 
 
 @lru_cache(maxsize=1)

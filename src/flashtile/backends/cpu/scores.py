@@ -81,9 +81,9 @@ class ScoreRules:
         keep = dropout.keep_mask(
             seed,
             dropout_p=dropout_p,
-            batch_idx=torch.tensor(self.sequence.batch_idx),
-            head_idx=torch.arange(self.problem.heads_q)[:, None, None],
-            q_pos=torch.arange(tile.rows.start, tile.rows.stop)[:, None],
+            batch_idx=torch.tensor(self.sequence.batch_idx, device="cpu"),
+            head_idx=torch.arange(self.problem.heads_q, device="cpu")[:, None, None],
+            q_pos=torch.arange(tile.rows.start, tile.rows.stop, device="cpu")[:, None],
             kv_begin=tile.cols.start,
             kv_end=tile.cols.stop,
         )
@@ -105,7 +105,9 @@ class ScoreRules:
         if place not in self._hidden_pairs:
             q_pos, kv_pos = self._positions(tile)
             hidden = ~masks.is_visible(self.problem.mask, q_pos, kv_pos, self._offset)
-            self._hidden_pairs[place] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+            self._hidden_pairs[place] = torch.zeros(hidden.shape, dtype=dtype, device="cpu").masked_fill_(
+                hidden, -math.inf
+            )
         return self._hidden_pairs[place]
 
     @property
@@ -113,7 +115,8 @@ class ScoreRules:
         return self.sequence.seqlen_kv - self.sequence.seqlen_q
 
     def _positions(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        return torch.arange(tile.rows.start, tile.rows.stop)[:, None], torch.arange(tile.cols.start, tile.cols.stop)
+        rows, cols = (torch.arange(part.start, part.stop, device="cpu") for part in (tile.rows, tile.cols))
+        return rows[:, None], cols
 
     def _tile_of(self, tensor: Tensor, tile: Tile) -> Tensor:
         """A view of the tile's part of a tensor that broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]."""

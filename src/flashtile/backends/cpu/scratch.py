@@ -39,5 +39,5 @@ class Scratch:
     def _view(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size, memory = math.prod(shape), self._memory.get((name, dtype))
         if memory is None or memory.numel() < size:
-            memory = self._memory[name, dtype] = torch.empty(size, dtype=dtype)
+            memory = self._memory[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return memory[:size].view(shape)

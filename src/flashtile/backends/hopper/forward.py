@@ -241,7 +241,10 @@ def softmax_and_pv(
         q_begin = block_begin + part * ROWS
         visited = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
         tiles = visited_tiles(call.rules.window, sequence, q_begin, ROWS, BLOCK_KV)
-        last = gl.maximum(gl.minimum(tiles.end, visited.end) - 1, visited.begin)
+        end = gl.minimum(tiles.end, visited.end)
+        if NUM_CONSUMERS == 3:  # few lengths are multiples of 192, and rows behind the end need no tile
+            end = gl.where(q_begin < sequence.seqlen_q, end, 0)
+        last = gl.maximum(end - 1, visited.begin)
         num_hidden = visited.end - 1 - last
         for i in range(num_hidden):  # tiles that only other rows of the block see
             skip(k, v, step + i, part, next_part)

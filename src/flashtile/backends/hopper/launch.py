@@ -140,19 +140,20 @@ def _results_of(
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """Makes out, lse and the counter of the shares that programs take after their first one.
 
-    Without any such share the counter is not read, and zeros are not worth a kernel.
+    Without any such share nobody reads the counter, and one that holds anything will do.
     """
     tiles = plan.forward.tiles
     assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
     num_shares = num_q_tiles(problem, tiles) * problem.heads_q * problem.batch
-    make_counter = torch.zeros if num_shares > plan.forward.grid[0] else torch.empty
+    is_read = num_shares > plan.forward.grid[0]
+    unread = None if is_read else torch.empty(1, dtype=torch.int32, device=device)
     out_shape, lse_shape, dtype = problem.out_shape, problem.lse_shape, problem.dtype
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         return (
             torch.empty(out_shape, dtype=dtype, device=device),
             torch.empty(lse_shape, dtype=torch.float32, device=device),
-            make_counter(1, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device) if unread is None else unread,
         )
 
     return make

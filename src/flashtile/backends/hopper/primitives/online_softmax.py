@@ -3,7 +3,8 @@
 Each thread adds up its own part of a row; the parts are added across threads once, after the last tile.
 
 Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3; as FlashAttention-2 uses
-it (Dao 2023, algorithm 1).
+it (Dao 2023, algorithm 1). That sums stay relative to an older maximum while the new one is not far above it is
+FlashAttention-4's idea (Dao, Hot Chips 2025).
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper import constants
-from flashtile.backends.hopper.primitives.gluon_compat import constexpr_function, full_like, jit
+from flashtile.backends.hopper.primitives.gluon_compat import constexpr_function, full_like, inline_asm, jit
 from flashtile.backends.hopper.primitives.layouts import rows_of
 
 LOG2_E = gl.constexpr(constants.LOG2_E)
 LN_2 = gl.constexpr(1 / constants.LOG2_E)
 INF = gl.constexpr(float("inf"))
 MOST_ABOVE = gl.constexpr(8.0)
-"""How far exponents may grow beyond the one that sums are relative to, before sums are brought to a new one."""
+"""How far exponents may grow beyond the one that sums are relative to, before sums are brought to a new one.
+
+Probabilities, then up to 2**8, are rounded as exactly as those up to 1.
+"""
 
 
 @jit
@@ -62,30 +66,28 @@ def rescaled(sums, rescale):
 
 @jit
 def rescaled_if_needed(acc, rescale):
-    """``rescaled``, but a warp whose rows all have a factor of 1, almost always, multiplies nothing."""
-    NUM_COLS: gl.constexpr = acc.shape[1]
+    """``rescaled``, but a warp whose rows all have a factor of 1, as they almost always do, multiplies nothing."""
+    NUM: gl.constexpr = acc.shape[1] // 2
     factors = gl.expand_dims(gl.convert_layout(rescale, rows_of(acc.type.layout)), 1)
-    asm: gl.constexpr = rescale_asm(NUM_COLS // 2)
-    constraints: gl.constexpr = rescale_constraints(NUM_COLS // 2)
-    return gl.inline_asm_elementwise(
-        asm, constraints, [acc, factors], dtype=gl.float32, is_pure=True, pack=NUM_COLS // 2
+    return inline_asm(
+        rescale_asm(NUM), rescale_constraints(NUM), [acc, factors], dtype=gl.float32, is_pure=True, pack=NUM
     )
 
 
 @constexpr_function
 def rescale_asm(num):
-    """For the ``num`` numbers that a thread has of two rows, which change with every second."""
-    first, second = 2 * num, 2 * num + 2
-    copies = "".join(f"mov.b32 ${i}, ${num + i}; " for i in range(num))
+    """A thread's ``num`` numbers times their factors; it has two of either row in turn, so two factors are all."""
+    of_one_row, of_the_other, one = 2 * num, 2 * num + 2, "0f3F800000"
     products = "".join(f"mul.f32 ${i}, ${i}, ${2 * num + i}; " for i in range(num))
-    test = f"setp.neu.f32 p, ${first}, 0f3F800000; setp.neu.or.f32 p, ${second}, 0f3F800000, p; "
-    vote = "vote.sync.any.pred p, p, -1; "
-    return "{ .reg .pred p; " + copies + test + vote + "@!p bra.uni DONE; " + products + "DONE: }"
+    test = f"setp.neu.f32 any, ${of_one_row}, {one}; setp.neu.or.f32 any, ${of_the_other}, {one}, any; "
+    vote = "vote.sync.any.pred any, any, -1; "
+    return "{ .reg .pred any; " + test + vote + "@!any bra.uni DONE; " + products + "DONE: }"
 
 
 @constexpr_function
 def rescale_constraints(num):
-    return ",".join(["=&f"] * num + ["f"] * (2 * num))
+    """Each result is in the register of its number."""
+    return ",".join(["=f"] * num + [str(i) for i in range(num)] + ["f"] * num)
 
 
 @jit

@@ -242,7 +242,9 @@ def softmax_and_pv(
         visited = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
         tiles = visited_tiles(call.rules.window, sequence, q_begin, ROWS, BLOCK_KV)
         end = gl.minimum(tiles.end, visited.end)
-        if NUM_CONSUMERS == 3:  # few lengths are multiples of 192, and rows behind the end need no tile
+        if (
+            call.rules.window.right is not None and NUM_CONSUMERS == 3
+        ):  # rows behind the end, as 192 divides few lengths
             end = gl.where(q_begin < sequence.seqlen_q, end, 0)
         last = gl.maximum(end - 1, visited.begin)
         num_hidden = visited.end - 1 - last

@@ -75,19 +75,30 @@ def rescaled_if_needed(acc, rescale):
 
 
 @constexpr_function
+def is_in_place(num):
+    """Whether results take the registers of their numbers: with 128 of them none is left for more.
+
+    Otherwise ptxas gets to choose, and then interleaves the exponentials of the two rows better.
+    """
+    return num >= 128
+
+
+@constexpr_function
 def rescale_asm(num):
     """A thread's ``num`` numbers times their factors; it has two of either row in turn, so two factors are all."""
     of_one_row, of_the_other, one = 2 * num, 2 * num + 2, "0f3F800000"
+    copies = "" if is_in_place(num) else "".join(f"mov.b32 ${i}, ${num + i}; " for i in range(num))
     products = "".join(f"mul.f32 ${i}, ${i}, ${2 * num + i}; " for i in range(num))
     test = f"setp.neu.f32 any, ${of_one_row}, {one}; setp.neu.or.f32 any, ${of_the_other}, {one}, any; "
     vote = "vote.sync.any.pred any, any, -1; "
-    return "{ .reg .pred any; " + test + vote + "@!any bra.uni DONE; " + products + "DONE: }"
+    return "{ .reg .pred any; " + copies + test + vote + "@!any bra.uni DONE; " + products + "DONE: }"
 
 
 @constexpr_function
 def rescale_constraints(num):
-    """Each result is in the register of its number."""
-    return ",".join(["=f"] * num + [str(i) for i in range(num)] + ["f"] * num)
+    if is_in_place(num):
+        return ",".join(["=f"] * num + [str(i) for i in range(num)] + ["f"] * num)
+    return ",".join(["=&f"] * num + ["f"] * (2 * num))
 
 
 @jit

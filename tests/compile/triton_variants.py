@@ -20,7 +20,7 @@ from absent_gpu import DEVICES, needs, pretend
 from flashtile.backends import relaunch
 from flashtile.backends.base import KernelPlan, Saved
 from flashtile.backends.gpu import COMPILER_OPTIONS
-from flashtile.backends.launcher import Launcher
+from flashtile.backends.launcher import KernelLauncher
 from flashtile.backends.triton import launch, plan, tiles
 from flashtile.spec import devices, validation
 from flashtile.spec.operands import Operands
@@ -97,7 +97,7 @@ def launched(family: str, problem: AttentionProblem, operands: Operands) -> dict
     kernels: dict[str, Any] = {}
 
     def compile_only(
-        launcher: Launcher, planned: KernelPlan, _problem: Any, tensors: Any, arguments: Any, **constants: Any
+        launcher: KernelLauncher, planned: KernelPlan, _problem: Any, tensors: Any, arguments: Any, **constants: Any
     ) -> None:
         row = planned.tiles
         assert isinstance(row, tiles.GpuTiles)

@@ -16,7 +16,7 @@ from triton import knobs
 import flashtile
 from flashtile import repeats
 from flashtile.backends.hopper import launch as hopper
-from flashtile.backends.launcher import Launcher
+from flashtile.backends.launcher import KernelLauncher
 from flashtile.backends.triton import launch as triton
 
 pytestmark = HOPPER_MARKS
@@ -33,7 +33,7 @@ def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     """Attention by one backend, of which nothing is remembered yet."""
     monkeypatch.setattr(repeats, "_known", {})
     for value in (*vars(hopper).values(), *vars(triton).values()):
-        if isinstance(value, Launcher):
+        if isinstance(value, KernelLauncher):
             monkeypatch.setattr(value, "_compiled", {})
             monkeypatch.setattr(value, "_ready", {})
     return partial(flashtile.attention, backend=request.param)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from flashtile.backends import launcher as module
 from flashtile.backends.gpu import COMPILER_OPTIONS
-from flashtile.backends.launcher import MOST_FORMS, Launcher, inputs_of, operands_of, shortest
+from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, inputs_of, operands_of, shortest
 from flashtile.backends.relaunch import Relaunch
 from flashtile.spec.operands import Operands
 
@@ -40,13 +40,13 @@ class Compiled:
         return lambda *arguments: self.kernel.launched.append((grid, arguments))
 
 
-def call(launcher: Launcher, key: Any, *tensors: Tensor | None, block: int = 64) -> Any:
+def call(launcher: KernelLauncher, key: Any, *tensors: Tensor | None, block: int = 64) -> Any:
     return launcher(key, (5,), tensors, lambda *tensors: (*tensors, 7), num_warps=4, BLOCK=block)
 
 
 def test_the_second_call_of_a_form_goes_straight_to_the_compiled_kernel() -> None:
     kernel = Kernel()
-    launcher = Launcher(kernel)
+    launcher = KernelLauncher(kernel)
     tensors = [torch.full((3,), number) for number in (1, 2, 3)]
     for tensor in tensors:
         call(launcher, "key", tensor)
@@ -67,7 +67,7 @@ def test_the_second_call_of_a_form_goes_straight_to_the_compiled_kernel() -> Non
 )
 def test_tensors_tell_forms_apart(other: Tensor | None) -> None:
     kernel = Kernel()
-    launcher = Launcher(kernel)
+    launcher = KernelLauncher(kernel)
     first = torch.zeros(2, 2)
     for tensor in (first, first, other, other):
         call(launcher, "key", first, tensor)
@@ -76,7 +76,7 @@ def test_tensors_tell_forms_apart(other: Tensor | None) -> None:
 
 def test_keys_and_constants_tell_forms_apart() -> None:
     kernel = Kernel()
-    launcher = Launcher(kernel)
+    launcher = KernelLauncher(kernel)
     for key, block in (("one", 64), ("other", 64), ("one", 32), ("one", 64)):
         call(launcher, key, torch.zeros(1), block=block)
     assert len(kernel.found) == 3
@@ -107,7 +107,7 @@ def ready(monkeypatch: pytest.MonkeyPatch) -> Ready:
 
 def test_from_the_second_on_the_driver_is_asked_alone(ready: Ready) -> None:
     kernel = Kernel()
-    launcher = Launcher(kernel)
+    launcher = KernelLauncher(kernel)
     found = [call(launcher, "key", torch.zeros(1)) for _ in range(4)]
     assert (len(kernel.found), len(kernel.launched), len(ready.launched)) == (1, 0, 3)
     assert found == [None, ready, ready, ready]
@@ -116,14 +116,14 @@ def test_from_the_second_on_the_driver_is_asked_alone(ready: Ready) -> None:
 def test_who_asks_triton_to_be_told_of_launches_is_told(ready: Ready) -> None:
     ready.is_being_watched = True
     kernel = Kernel()
-    launcher = Launcher(kernel)
+    launcher = KernelLauncher(kernel)
     assert [call(launcher, "key", torch.zeros(1)) for _ in range(4)] == [None] * 4
     assert (len(kernel.found), len(kernel.launched), len(ready.launched)) == (1, 3, 0)
 
 
 def test_forms_are_not_kept_without_end() -> None:
     kernel = Kernel()
-    launcher = Launcher(kernel)
+    launcher = KernelLauncher(kernel)
     for number in range(MOST_FORMS + 1):
         call(launcher, number, torch.zeros(1))
     assert len(launcher._compiled) == 1

@@ -33,7 +33,7 @@ _INPUTS = (  # of Operands
 )
 
 
-class Launcher:
+class KernelLauncher:
     """A kernel, and how calls that came before launched it."""
 
     def __init__(self, kernel: Any) -> None:

@@ -31,24 +31,24 @@ from flashtile.backends.hopper.plan import (
     widths,
 )
 from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
-from flashtile.backends.launcher import MOST_FORMS, Launcher, inputs_of, operands_of, shortest
+from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, inputs_of, operands_of, shortest
 from flashtile.backends.relaunch import Relaunch
 from flashtile.spec import devices
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
-_FORWARD = Launcher(attention_forward)
-_ROW_STATISTICS = Launcher(attention_row_statistics)
-_SCALE_D_Q = Launcher(attention_scale_d_q)
+_FORWARD = KernelLauncher(attention_forward)
+_ROW_STATISTICS = KernelLauncher(attention_row_statistics)
+_SCALE_D_Q = KernelLauncher(attention_scale_d_q)
 
-_BACKWARD: dict[str, tuple[Launcher, dict[str, int]]] = {
+_BACKWARD: dict[str, tuple[KernelLauncher, dict[str, int]]] = {
     "backward_narrow": (
-        Launcher(attention_backward_narrow),
+        KernelLauncher(attention_backward_narrow),
         {"CONSUMER_REGISTERS": 200, "D_Q_REGISTERS": 88, "LOADER_REGISTERS": 24},
     ),
-    "backward": (Launcher(attention_backward), {"CONSUMER_REGISTERS": 240, "LOADER_REGISTERS": 24}),
+    "backward": (KernelLauncher(attention_backward), {"CONSUMER_REGISTERS": 240, "LOADER_REGISTERS": 24}),
     "backward_wide": (
-        Launcher(attention_backward_wide),
+        KernelLauncher(attention_backward_wide),
         {"CONSUMER_REGISTERS": 240, "LOADER_REGISTERS": 24},
     ),
 }

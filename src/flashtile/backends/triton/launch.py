@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
 from flashtile.backends.gpu import Heads, Sequences, device_of
-from flashtile.backends.launcher import Launcher, Tensors, inputs_of, operands_of, shortest
+from flashtile.backends.launcher import KernelLauncher, Tensors, inputs_of, operands_of, shortest
 from flashtile.backends.relaunch import Relaunch
 from flashtile.backends.triton import arguments
 from flashtile.backends.triton.arguments import Matrix, Statistics
@@ -24,11 +24,11 @@ from flashtile.backends.triton.tiles import GpuTiles, widths
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
 
-_FORWARD = Launcher(attention_forward)
-_ROW_STATISTICS = Launcher(attention_row_statistics)
-_BACKWARD_KV = Launcher(attention_backward_kv)
-_BACKWARD_Q = Launcher(attention_backward_q)
-_BIAS_GRADIENT = Launcher(attention_bias_gradient)
+_FORWARD = KernelLauncher(attention_forward)
+_ROW_STATISTICS = KernelLauncher(attention_row_statistics)
+_BACKWARD_KV = KernelLauncher(attention_backward_kv)
+_BACKWARD_Q = KernelLauncher(attention_backward_q)
+_BIAS_GRADIENT = KernelLauncher(attention_bias_gradient)
 
 _RowStatistics = tuple[Statistics, Statistics | None, Statistics]
 
@@ -209,7 +209,7 @@ def _sink_gradient(sinks: Tensor, lse_log2: Statistics, factor: Statistics | Non
 
 
 def _launch(
-    launcher: Launcher,
+    launcher: KernelLauncher,
     plan: KernelPlan,
     problem: AttentionProblem,
     tensors: Tensors,

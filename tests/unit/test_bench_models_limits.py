@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 
 import pytest
 import torch
@@ -28,42 +29,60 @@ def case_of(axis: Axis) -> LimitCase:
     return LimitCase(size="tiny", shape=SHAPE, axis=axis, other={"batch": 64, "seqlen": 1}[axis], dtype="float32")
 
 
+GRANULARITIES = st.sampled_from([1, 7, 128])
+
+
+@given(truth=st.integers(0, 2**24 - 200), granularity=GRANULARITIES)
+def test_the_largest_that_fits(truth: int, granularity: int) -> None:
+    assert limits.largest(lambda value: value <= truth, granularity) == truth // granularity * granularity
+
+
 @given(
-    truth=st.integers(0, 5000),
-    guess=st.integers(1, 20000),
-    granularity=st.sampled_from([1, 7, 128]),
+    truth=st.integers(4, 5000),
+    promises=st.lists(st.integers(0, 20000), min_size=1),
+    granularity=GRANULARITIES,
     closeness=st.sampled_from([0.0, 0.03, 0.5]),
 )
-def test_the_search_brackets_the_truth(truth: int, guess: int, granularity: int, closeness: float) -> None:
+def test_the_search_brackets_the_truth_whatever_is_promised(
+    truth: int, promises: list[int], granularity: int, closeness: float
+) -> None:
+    tried: list[int] = []
+    promise = cycle(promises)
+
+    def fits(value: int) -> bool:
+        tried.append(value)
+        return value <= truth
+
+    least = truth // granularity // 2 * granularity
+    low, high = limits.bracket(fits, lambda: next(promise), least, granularity=granularity, closeness=closeness)
+    assert high is not None and low <= truth < high
+    assert low % granularity == high % granularity == 0
+    assert high - low <= max(granularity, closeness * low)
+    assert len(set(tried)) == len(tried), "nothing is tried twice"
+
+
+@given(truth=st.integers(1000, 10**6), off_by=st.floats(-0.05, 0.05))
+def test_a_curve_that_gets_better_takes_few_tries(truth: int, off_by: float) -> None:
+    """Each success tells the truth; before the first one the promise is off by so much."""
     tried: list[int] = []
 
     def fits(value: int) -> bool:
         tried.append(value)
         return value <= truth
 
-    low, high = limits.largest(fits, guess, granularity=granularity, closeness=closeness)
-    assert high is not None and low <= truth < high
-    assert low % granularity == high % granularity == 0
-    assert high - low <= max(granularity, closeness * low)
-    assert len(set(tried)) == len(tried), "nothing is tried twice"
-    assert len(tried) <= 40
+    def promised() -> int:
+        return truth if any(value <= truth for value in tried) else round(truth * (1 + off_by))
 
-
-def test_a_good_guess_takes_two_tries() -> None:
-    tried: list[int] = []
-
-    def fits(value: int) -> bool:
-        tried.append(value)
-        return value <= 1010
-
-    assert limits.largest(fits, 1000, granularity=1, closeness=0.03) == (1000, 1030)
-    assert tried == [1000, 1030]
+    low, high = limits.bracket(fits, promised, 10, granularity=1, closeness=0.03)
+    assert high is not None and low <= truth < high <= 1.03 * low + 1
+    assert len(tried) <= 7
 
 
 def test_a_search_that_is_over_keeps_what_it_knows() -> None:
-    assert limits.largest(lambda _: True, 8, granularity=4, closeness=0.0, is_over=lambda: True) == (8, None)
-    assert limits.largest(lambda value: value < 8, 64, granularity=4, closeness=0.0, is_over=lambda: True) == (4, 36)
-    low, high = limits.largest(lambda _: True, 8, granularity=4, closeness=0.0)
+    search = partial(limits.bracket, low=4, granularity=4, closeness=0.0)
+    assert search(lambda _: True, lambda: 8, is_over=lambda: True) == (8, None)
+    assert search(lambda value: value < 8, lambda: 64, is_over=lambda: True) == (4, 64)
+    low, high = search(lambda _: True, lambda: 2**30)
     assert low >= limits._LARGEST and high is None, "what has no end is not searched forever"
 
 
@@ -106,20 +125,23 @@ def test_on_a_cpu_the_limit_is_extrapolated_and_right(axis: Axis, monkeypatch: p
 
 
 def test_a_gpu_s_limit_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pretended GPU with room for 900 tokens of the naive formula and 5,000 of the others."""
-    room = {NAIVE: 900, FLASHTILE: 5000, SDPA: 5000}
+    """A pretended GPU with room for 1,500 tokens of the naive formula and 5,000 of the others."""
+    room = {NAIVE: 1500, FLASHTILE: 5000, SDPA: 5000}
 
     class Pretended(Training):
         def run(self, attention: object) -> None:
+            pass
+
+        def step_bytes(self, attention: object) -> int:  # type: ignore[override]
             if self._tokens.shape[1] - 1 > room[attention()]:  # type: ignore[operator]
                 raise torch.OutOfMemoryError("CUDA out of memory.")
+            return self._tokens.shape[1] * 10_000
 
         def activation_bytes(self, _attention: object) -> int:  # type: ignore[override]
             return self._tokens.shape[1] * 10_000
 
     monkeypatch.setattr(limits, "Training", lambda case, _device: Pretended(case, CPU))
     monkeypatch.setattr(environment, "available_bytes", lambda _: 40_000_000)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(timing, "release_memory", lambda: None)
     peers = tuple(ModelPeer(name=name, make=lambda name=name: lambda: name) for name in room)  # type: ignore[misc]
     rows = limits.find(case_of("seqlen"), peers, torch.device("cuda"), budget_s=60.0, on_share=lambda _: None)

@@ -117,14 +117,14 @@ class LimitRow:
     case: LimitCase
     peer: str
     status: Literal["tried", "extrapolated", "failed"]
-    """``tried``: steps of ``largest`` ran and steps of ``too_large`` ran out of memory. ``extrapolated``: from the
-    peaks of small steps to ``memory_bytes``; nothing so large was tried."""
+    """``tried``: steps of ``largest`` ran and steps of ``too_large``, if the search came so far, ran out of memory.
+    ``extrapolated``: from the peaks of small steps to ``memory_bytes``; nothing so large was tried."""
     reason: str | None = None
     """Why it failed."""
     largest: int | None = None
     """0 if not even the smallest fits."""
     too_large: int | None = None
-    """The smallest that was tried in vain. The truth lies between it and ``largest``."""
+    """The smallest that was tried in vain, None if the time was up before. The truth is between it and ``largest``."""
     memory_bytes: int | None = None
     """What there was for the whole step, ``state_bytes`` included; None if unknown."""
 

@@ -2,7 +2,7 @@
 
 Either way the activations of a few small steps are measured first, and a line or parabola goes through them: they are
 linear in the batch, and in the length linear with tiles and quadratic without. A GPU then tries what the curve
-promises, a little more or a little less, until success and failure are close together. On a CPU a step that is too
+promises; what that took makes a better curve, until success and failure are close together. On a CPU a step that is too
 large would not fail but end the process, so nothing beyond the small ones is tried.
 """
 
@@ -26,8 +26,8 @@ _POINTS = {"batch": (2, 4), "seqlen": (256, 512, 1024)}
 """Where activations are measured. They are linear in the batch."""
 _CLOSE = 0.03
 """Success and failure are close together when they differ by this share."""
-_SEARCH_BUDGETS = 4.0
-"""A search that took so many times the budget of a case stops where it is."""
+_SEARCH_BUDGETS = 20.0
+"""A search that took so many times the budget of a case stops where it is; steps this large take long."""
 _LARGEST = 2**24
 """Nothing grows beyond, whatever a curve through small steps promises."""
 
@@ -65,39 +65,41 @@ def _find(case: LimitCase, peer: ModelPeer, device: torch.device, *, budget_s: f
     if free_bytes is None:
         return LimitRow(case=case, peer=peer.name, status="failed", reason="nobody says how much memory is free")
     row = partial(LimitRow, case=case, peer=peer.name, memory_bytes=training.state_bytes + free_bytes)
-    peaks = [training.resized(case.at(value)).activation_bytes(peer.make()) for value in points]
     granularity = _GRANULARITY[case.axis]
+    peaks = {value: training.resized(case.at(value)).activation_bytes(peer.make()) for value in points}
 
-    def is_promised(value: int) -> bool:
-        return extrapolated(points, peaks, value) <= free_bytes
+    def promised() -> int:
+        """By the curve through the largest steps that ran."""
+        known = sorted(peaks)[-3:]
+        values = [peaks[value] for value in known]
+        return largest(lambda value: extrapolated(known, values, value) <= free_bytes, granularity)
 
-    promised, _ = largest(is_promised, points[-1], granularity=granularity, closeness=0.0)
     if device.type != "cuda":
-        return row(status="extrapolated", largest=promised)
+        return row(status="extrapolated", largest=promised())
 
-    def fits(value: int) -> bool:
-        return _fits(training, peer, case.at(value), device)
+    def runs(value: int) -> bool:
+        peak = _peak(training, peer, case.at(value))
+        if peak is not None:
+            peaks[value] = peak
+        return peak is not None
 
     def is_over() -> bool:
         return time.perf_counter() > deadline
 
-    found, too_large = largest(
-        fits, max(promised, granularity), granularity=granularity, closeness=_CLOSE, is_over=is_over
-    )
+    found, too_large = bracket(runs, promised, points[-1], granularity=granularity, closeness=_CLOSE, is_over=is_over)
     return row(status="tried", largest=found, too_large=too_large)
 
 
-def _fits(training: Training, peer: ModelPeer, case: ModelCase, device: torch.device) -> bool:
+def _peak(training: Training, peer: ModelPeer, case: ModelCase) -> int | None:
+    """Bytes that a whole step takes beyond the state; None if there is no room for it."""
     try:
-        training.resized(case).run(peer.make())
-        torch.cuda.synchronize(device)
-        is_fitting = True
+        peak = training.resized(case).step_bytes(peer.make())
     except Exception as error:
         if not timing.is_out_of_memory(error):
             raise
-        is_fitting = False
+        peak = None
     timing.release_memory()  # outside the except block, which keeps the exception's frames and their tensors alive
-    return is_fitting
+    return peak
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -113,41 +115,55 @@ def extrapolated(points: Sequence[int], values: Sequence[float], at: int) -> flo
     return y0 + slope * (at - x0) + max(bend, 0.0) * (at - x0) * (at - x2)
 
 
-def largest(
+def largest(fits: Callable[[int], bool], granularity: int) -> int:
+    """The largest multiple of ``granularity`` below ``_LARGEST`` that fits; 0 if none does.
+
+    Args:
+        fits: whether a value does; if one does, every smaller one does.
+    """
+    low, high = 0, _LARGEST // granularity  # counted in multiples of granularity
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle * granularity):
+            low = middle
+        else:
+            high = middle
+    return low * granularity
+
+
+def bracket(
     fits: Callable[[int], bool],
-    guess: int,
+    promised: Callable[[], int],
+    low: int,
     *,
     granularity: int,
     closeness: float,
     is_over: Callable[[], bool] = lambda: False,
 ) -> tuple[int, int | None]:
-    """(the largest multiple of ``granularity`` known to fit, or 0; the smallest known not to, or None).
-
-    Strides away from ``guess`` that double until one end of the bracket is found, then bisection.
+    """(the largest known to fit, the smallest known not to, or None if the time was up before one was found).
 
     Args:
         fits: whether a value does; if one does, every smaller one does.
-        guess: where to begin.
+        promised: the largest that should, by all that was tried so far.
+        low: fits, and so does all that is smaller.
         granularity: only its multiples are tried.
         closeness: good enough is a bracket no wider than this share of its lower end, or than ``granularity``.
-        is_over: asked before each further try; the bracket as it is then is the answer.
+        is_over: asked before each further try.
     """
-    low, high = 0, None
-    value = max(guess // granularity, 1)  # counted in multiples of granularity from here on
-    stride = max(1, round(closeness * value))
-    while not (low and is_over()):
-        if fits(value * granularity):
-            low = value
+
+    def little(value: int) -> int:
+        return max(granularity, int(closeness * value) // granularity * granularity)
+
+    high, steps_back = None, 1
+    while low < _LARGEST and (high is None or high - low > little(low)):
+        value = max(promised() // granularity * granularity, low + little(low))  # a little beyond the end shows it
+        if high is not None:
+            middle = (low + high) // (2 * granularity) * granularity
+            value = max(low + granularity, min(value, max(middle, high - steps_back * little(high))))
+        if fits(value):
+            low, steps_back = value, 1
         else:
-            high = value
-        if high is None:
-            if low * granularity >= _LARGEST:
-                break
-            value, stride = low + stride, 2 * stride
-        elif low == 0 and high > 1:
-            value, stride = max(1, high - stride), 2 * stride
-        elif high - low <= max(1, closeness * low):
+            high, steps_back = value, steps_back if high is None else 2 * steps_back
+        if is_over():
             break
-        else:
-            value = (low + high) // 2
-    return low * granularity, None if high is None else high * granularity
+    return low, high

@@ -8,6 +8,7 @@ every peer's result can be compared with every other's.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -90,6 +91,10 @@ class Training:
             return peak_extra_bytes(lambda: self._loss(attention).backward(), self._device)
         finally:
             self._optimizer.zero_grad()
+
+    def step_bytes(self, attention: AttentionFn) -> int:
+        """The peak of a whole step beyond the state."""
+        return peak_extra_bytes(partial(self.run, attention), self._device)
 
     def _loss(self, attention: AttentionFn) -> Tensor:
         self.model.attention = attention

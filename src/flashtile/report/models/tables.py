@@ -84,8 +84,9 @@ def _figures(case: ModelCase, rows: dict[tuple[ModelCase, str], ModelRow], peers
 def limits(rows: Sequence[LimitRow]) -> Table:
     """The largest batch and the longest sequence that fit, with each attention function."""
     return cells.table(
-        caption="Tried: steps of that size ran, and the next size that was tried ran out of memory. Extrapolated: from "
-        "the memory of small steps; nothing so large was tried.",
+        caption="Tried: steps of that size ran, and those of the size that is too large ran out of memory; where there "
+        "is none, the time was up, and more may fit. Extrapolated: from the memory of small steps; nothing so large "
+        "was tried.",
         columns=(
             Column(heading="model", holds="words"),
             Column(heading="what grows", holds="words"),
@@ -103,11 +104,16 @@ def limits(rows: Sequence[LimitRow]) -> Table:
                 cells.count(row.largest),
                 cells.count(row.too_large),
                 cells.memory(row.memory_bytes),
-                Cell(text=row.reason or row.status),
+                Cell(text=_how(row)),
             )
             for row in rows
         ),
     )
+
+
+def _how(row: LimitRow) -> str:
+    is_open = row.status == "tried" and row.too_large is None
+    return "tried, and nothing larger" if is_open else row.reason or row.status
 
 
 def _what_grows(row: LimitRow) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -97,20 +98,8 @@ def _form(tensor: Tensor | None) -> Hashable:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % ALIGNMENT_BYTES
 
 
-def inputs_of(operands: Operands) -> Tensors:
-    """The tensors of a call, as ``operands_of`` takes them."""
-    return (
-        operands.q,
-        operands.k,
-        operands.v,
-        operands.bias,
-        operands.mask,
-        operands.alibi_slopes,
-        operands.sinks,
-        operands.dropout_seed,
-        operands.cu_seqlens_q,
-        operands.cu_seqlens_kv,
-    )
+inputs_of: Callable[[Operands], Tensors] = attrgetter(*_INPUTS)
+"""The tensors of a call, as ``operands_of`` takes them."""
 
 
 def operands_of(tensors: tuple[Any, ...]) -> tuple[Operands, Tensors]:

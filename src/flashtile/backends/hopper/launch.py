@@ -145,8 +145,7 @@ def _results_of(
     tiles = plan.forward.tiles
     assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
     num_shares = num_q_tiles(problem, tiles) * problem.heads_q * problem.batch
-    is_read = num_shares > plan.forward.grid[0]
-    unread = None if is_read else torch.empty(1, dtype=torch.int32, device=device)
+    unread = None if num_shares > plan.forward.grid[0] else _unread_counter(device)
     out_shape, lse_shape, dtype = problem.out_shape, problem.lse_shape, problem.dtype
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
@@ -157,6 +156,11 @@ def _results_of(
         )
 
     return make
+
+
+@lru_cache(maxsize=64)
+def _unread_counter(device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=torch.int32, device=device)
 
 
 def backward(

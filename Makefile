@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/flashtile demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

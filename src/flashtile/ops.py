@@ -8,11 +8,10 @@ There are two, and each hides everything from planning to the kernels, so a grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from flashtile import dispatch, settings
 from flashtile.backends.base import Gradients, Launcher, Plan, Saved
 from flashtile.errors import UnsupportedProblem
 from flashtile.spec import devices, validation
-from flashtile.spec.operands import Operands
+from flashtile.spec.operands import FIELDS, Operands, tensors_of
 from flashtile.spec.problem import DIFFERENTIABLE, AttentionProblem, MaskSpec
 
 _OPERANDS = (
@@ -37,19 +36,7 @@ _OPTIONS = (
     "float softcap, float dropout_p, bool deterministic, str gradients, str backend"
 )
 _NUM_INPUTS = _OPERANDS.count(",") + _OPTIONS.count(",") + 2
-_TENSOR_FIELDS = (  # of Operands, in the order of _OPERANDS
-    "q",
-    "k",
-    "v",
-    "bias",
-    "mask",
-    "alibi_slopes",
-    "sinks",
-    "dropout_seed",
-    "cu_seqlens_q",
-    "cu_seqlens_kv",
-)
-_NUM_TENSORS = len(_TENSOR_FIELDS)
+_NUM_TENSORS = len(FIELDS)  # in the order of _OPERANDS
 _MAX_PREPARED = 4096
 
 
@@ -134,7 +121,7 @@ def record(
     call: Prepared, operands: Operands, forward: Callable[[Operands], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """``forward``, differentiable; not while ``is_watched`` says that someone has to see the registered op."""
-    return _Recorded.apply((call, operands, forward), *_tensors(operands))
+    return _Recorded.apply((call, operands, forward), *tensors_of(operands))
 
 
 def is_watched() -> bool:
@@ -188,7 +175,7 @@ def _refuse_forward_mode(operands: Operands) -> None:
 def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, Prepared]:
     """The op's flat inputs as the objects they stand for."""
     tensors, options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
-    operands = _operands(tensors)
+    operands = Operands.of(tensors)
     backend = dispatch.resolved(options[-1])
     shapes = [None if tensor is None else tensor.shape for tensor in tensors]
     key = (operands.q.device, operands.q.dtype, *shapes, *options[:-1], backend)
@@ -200,14 +187,6 @@ def _stated(inputs: tuple[Any, ...]) -> tuple[Operands, Prepared]:
         _prepared[key] = prepared
     dispatch.check_fallback(prepared.plan, backend)
     return operands, prepared
-
-
-def _operands(tensors: Sequence[Any]) -> Operands:
-    return Operands(**dict(zip(_TENSOR_FIELDS, tensors, strict=True)))
-
-
-_tensors = attrgetter(*_TENSOR_FIELDS)
-"""Of ``Operands``, the other way."""
 
 
 def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> Prepared:
@@ -248,7 +227,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 def _fake_backward(d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
-    tensors: dict[str, Tensor] = dict(zip(_TENSOR_FIELDS, inputs, strict=False))
+    tensors: dict[str, Tensor] = dict(zip(FIELDS, inputs, strict=False))
     gradients = inputs[_NUM_INPUTS - 2].split(",")
     return [torch.empty_like(tensors[name], memory_format=torch.contiguous_format) for name in _wanted(gradients)]
 
@@ -263,13 +242,13 @@ def _forward_and_save(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     # The gradients wanted when the op was called may not be those wanted now: export and vmap trace before they know.
-    needed = dict(zip(_TENSOR_FIELDS, ctx.needs_input_grad[1:], strict=False))
+    needed = dict(zip(FIELDS, ctx.needs_input_grad[1:], strict=False))
     wanted = [name for name in DIFFERENTIABLE if needed[name]]
     gradients = ",".join(sorted(wanted if d_lse is None else [*wanted, "lse"]))
     *saved_and_options, _, backend = *ctx.saved_tensors, *ctx.options
     found = torch.ops.flashtile.attention_backward.default(d_out, d_lse, *saved_and_options, gradients, backend)
     grads = dict(zip(wanted, found, strict=True))
-    return (None, *(grads.get(name) for name in _TENSOR_FIELDS), *(None,) * len(ctx.options))
+    return (None, *(grads.get(name) for name in FIELDS), *(None,) * len(ctx.options))
 
 
 def _backward_alone(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -293,13 +272,13 @@ def _record(ctx: Any, recorded: tuple[Prepared, Operands, Any], *tensors: Any) -
 
 def _differentiate_record(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     call, (out, lse, *tensors) = ctx.call, ctx.saved_tensors
-    operands = _operands(tensors)
+    operands = Operands.of(tensors)
     is_as_planned = (d_lse is not None) == ("lse" in call.problem.gradients)
     if torch.is_grad_enabled() or is_watched() or not is_as_planned:
         ctx.options = _flat(call.problem, operands, call.plan.backend)[_NUM_TENSORS:]
         return _differentiate(ctx, d_out, d_lse)[: 1 + _NUM_TENSORS]
     found = _run_backward(call, operands, Saved(out=out, lse=lse), d_out, d_lse)
-    return (None, *(getattr(found, name, None) for name in _TENSOR_FIELDS))
+    return (None, *(getattr(found, name, None) for name in FIELDS))
 
 
 def _autograd_node(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:

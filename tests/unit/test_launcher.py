@@ -10,11 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from flashtile.backends import launcher as module
 from flashtile.backends.gpu import COMPILER_OPTIONS
-from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, inputs_of, operands_of, shortest
+from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, operands_of, shortest
 from flashtile.backends.relaunch import Relaunch
-from flashtile.spec.operands import Operands
+from flashtile.spec.operands import FIELDS, Operands, tensors_of
 
 
 class Kernel:
@@ -132,8 +131,9 @@ def test_forms_are_not_kept_without_end() -> None:
 def test_operands_are_taken_apart_and_put_together() -> None:
     tensors = tuple(torch.zeros(number) for number in range(10))
     operands, others = operands_of((*tensors, "more"))
-    assert others == ("more",) and inputs_of(operands) == tensors
-    assert tuple(Operands.__dataclass_fields__) == module._INPUTS
+    assert others == ("more",) and tensors_of(operands) == tensors
+    schema = torch.ops.flashtile.attention_forward.default._schema
+    assert tuple(argument.name for argument in schema.arguments)[: len(FIELDS)] == FIELDS
 
 
 # --- the shortest way -------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_the_shortest_way_makes_results_and_launches(ready: Ready) -> None:
         cast(Any, ready), Operands(q=q, k=k, v=v, sinks=sinks), lambda: results, lambda _: pytest.fail("not this way")
     )
     others = qkv()
-    assert run(*others, None, None, None, sinks) == results[:2]
+    assert run is not None and run(*others, None, None, None, sinks) == results[:2]
     assert ready.launched == [(*others, None, None, None, sinks, None, None, None, *results)]
 
 
@@ -171,5 +171,11 @@ def test_what_is_not_alike_goes_another_way(change: str, ready: Ready, monkeypat
     ready.is_being_watched = change == "hooks"
     if change == "device":
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert run is not None
     run(qkv(1)[0] if change == "q" else q, k, v, None, None, None, moved if change == "sinks" else sinks)
     assert len(taken) == 1 and not ready.launched and taken[0].k is k and taken[0].bias is None
+
+
+def test_without_a_launch_there_is_no_shortest_way() -> None:
+    q, k, v = qkv()
+    assert shortest(None, Operands(q=q, k=k, v=v), tuple, lambda _: (q, k)) is None

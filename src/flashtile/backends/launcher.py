@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from flashtile.backends.gpu import COMPILER_OPTIONS
 from flashtile.backends.relaunch import Relaunch
-from flashtile.spec.operands import Operands
+from flashtile.spec.operands import FIELDS, Operands, tensors_of
 
 MOST_FORMS = 4096
 ALIGNMENT_BYTES = 16
@@ -19,19 +18,6 @@ ALIGNMENT_BYTES = 16
 
 Tensors = tuple[Any, ...]
 """Tensors, or ``None`` where an option is not used."""
-
-_INPUTS = (  # of Operands
-    "q",
-    "k",
-    "v",
-    "bias",
-    "mask",
-    "alibi_slopes",
-    "sinks",
-    "dropout_seed",
-    "cu_seqlens_q",
-    "cu_seqlens_kv",
-)
 
 
 class KernelLauncher:
@@ -98,31 +84,29 @@ def _form(tensor: Tensor | None) -> Hashable:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % ALIGNMENT_BYTES
 
 
-inputs_of: Callable[[Operands], Tensors] = attrgetter(*_INPUTS)
-"""The tensors of a call, as ``operands_of`` takes them."""
-
-
 def operands_of(tensors: tuple[Any, ...]) -> tuple[Operands, Tensors]:
-    """The call whose inputs come first, and the other tensors."""
-    inputs = tensors[: len(_INPUTS)]
-    return Operands(**dict(zip(_INPUTS, inputs, strict=True))), tensors[len(_INPUTS) :]
+    """The call whose tensors come first, as ``tensors_of`` gives them, and the other tensors."""
+    return Operands.of(tensors[: len(FIELDS)]), tensors[len(FIELDS) :]
 
 
 def shortest(
-    launch: Relaunch,
+    launch: Relaunch | None,
     operands: Operands,
     make_results: Callable[[], Tensors],
     otherwise: Callable[[Operands], tuple[Tensor, Tensor]],
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(q, k, v, bias, mask, alibi_slopes, sinks) -> (out, lse), for tensors of the sizes and strides of ``operands``.
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """(q, k, v, bias, mask, alibi_slopes, sinks) -> (out, lse), for dense tensors of the sizes and strides of
+    ``operands``; None without a launch.
 
     Args:
         launch: takes the inputs, q, k and v at multiples of ALIGNMENT_BYTES, and what ``make_results`` makes: out, lse
             and whatever the kernel needs besides.
         otherwise: for tensors that begin at other multiples of bytes, and while someone wants to be told of launches.
     """
+    if launch is None:
+        return None
     device = operands.q.device.index
-    alignments = _alignments(inputs_of(operands)[:7])
+    alignments = _alignments(tensors_of(operands)[:7])
     has_options = any(each is not None for each in alignments[3:])
 
     def run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -132,7 +116,7 @@ def shortest(
             or device != torch.cuda.current_device()
             or launch.is_watched()
         ):
-            return otherwise(Operands(**dict(zip(_INPUTS, (q, k, v, *options), strict=False))))
+            return otherwise(Operands.of((q, k, v, *options)))
         results = make_results()
         launch((q, k, v, *options, None, None, None, *results))
         return results[0], results[1]

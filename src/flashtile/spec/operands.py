@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 
@@ -33,3 +36,14 @@ class Operands:
     dropout_seed: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_kv: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Operands:
+        """Of tensors in the order of the fields; the last ones may be left out."""
+        return cls(**dict(zip(FIELDS, tensors, strict=False)))
+
+
+FIELDS = tuple(field.name for field in fields(Operands))
+
+tensors_of: Callable[[Operands], tuple[Any, ...]] = attrgetter(*FIELDS)
+"""The tensors in the order of the fields, ``None`` for what is not used."""

@@ -31,10 +31,10 @@ from flashtile.backends.hopper.plan import (
     widths,
 )
 from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
-from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, inputs_of, operands_of, shortest
+from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, operands_of, shortest
 from flashtile.backends.relaunch import Relaunch
 from flashtile.spec import devices
-from flashtile.spec.operands import Operands
+from flashtile.spec.operands import Operands, tensors_of
 from flashtile.spec.problem import AttentionProblem
 
 _FORWARD = KernelLauncher(attention_forward)
@@ -67,12 +67,8 @@ def forward_again(
 ) -> tuple[tuple[Tensor, Tensor], Callable[..., tuple[Tensor, Tensor]] | None]:
     """``forward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
     results, launch = _forward(problem, operands, plan)
-    if (
-        launch is None
-        or problem.layout == "varlen"
-        or any(tma_ready(each) is not each for each in inputs_of(operands)[:3])
-    ):
-        return results, None
+    if any(tma_ready(tensor) is not tensor for tensor in (operands.q, operands.k, operands.v)):
+        launch = None
     make_results = _results_of(problem, plan, operands.q.device)
     return results, shortest(launch, operands, make_results, lambda operands: forward(problem, operands, plan))
 
@@ -118,7 +114,7 @@ def _forward(
         launch = _FORWARD(
             (problem, tiles),
             plan.forward.grid,
-            (*inputs_of(operands), out, lse, counter),
+            (*tensors_of(operands), out, lse, counter),
             kernel_arguments,
             num_warps=4,
             HEAD_DIM_V=problem.head_dim_v,
@@ -205,7 +201,7 @@ def backward(
         kernel(
             (problem, tiles),
             plan.backward.grid,
-            (*inputs_of(replace(operands, q=q, k=k, v=v)), d_out, lse_log2, delta, d_q_sums, d_k, d_v),
+            (*tensors_of(replace(operands, q=q, k=k, v=v)), d_out, lse_log2, delta, d_q_sums, d_k, d_v),
             kernel_arguments,
             num_warps=4,
             HEAD_DIM=problem.head_dim,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
 from flashtile.backends.gpu import Heads, Sequences, device_of
-from flashtile.backends.launcher import KernelLauncher, Tensors, inputs_of, operands_of, shortest
+from flashtile.backends.launcher import KernelLauncher, Tensors, operands_of, shortest
 from flashtile.backends.relaunch import Relaunch
 from flashtile.backends.triton import arguments
 from flashtile.backends.triton.arguments import Matrix, Statistics
@@ -21,7 +21,7 @@ from flashtile.backends.triton.bias_gradient import attention_bias_gradient
 from flashtile.backends.triton.constants import LOG2_E
 from flashtile.backends.triton.forward import attention_forward
 from flashtile.backends.triton.tiles import GpuTiles, widths
-from flashtile.spec.operands import Operands
+from flashtile.spec.operands import Operands, tensors_of
 from flashtile.spec.problem import AttentionProblem
 
 _FORWARD = KernelLauncher(attention_forward)
@@ -42,8 +42,6 @@ def forward_again(
 ) -> tuple[tuple[Tensor, Tensor], Callable[..., tuple[Tensor, Tensor]] | None]:
     """``forward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
     results, launch = _forward(problem, operands, plan)
-    if launch is None or problem.layout == "varlen":
-        return results, None
     make_results = partial(_results, problem, operands.q.device)
     return results, shortest(launch, operands, make_results, lambda operands: forward(problem, operands, plan))
 
@@ -70,7 +68,7 @@ def _forward(
         )
 
     with device_of(operands.q):
-        tensors = (*inputs_of(operands), out, lse)
+        tensors = (*tensors_of(operands), out, lse)
         launch = _launch(_FORWARD, plan.forward, problem, tensors, kernel_arguments, **_dims(problem))
     return (out, lse), launch
 
@@ -92,7 +90,7 @@ def backward(
     kernels = {kernel.kernel: kernel for kernel in (plan.backward, *plan.backward.companions)}
     with device_of(operands.q):
         statistics = _row_statistics(problem, operands, saved, d_out, d_lse, kernels["row_statistics"])
-        recomputed = (*inputs_of(operands), d_out, *(rows and rows.ptr for rows in statistics))
+        recomputed = (*tensors_of(operands), d_out, *(rows and rows.ptr for rows in statistics))
 
         def kernel_arguments(may_be_natural: bool, *tensors: Any) -> tuple[Any, ...]:
             operands, (*others,) = operands_of(tensors)
@@ -157,7 +155,7 @@ def _row_statistics(
         )
 
     lse, d_lse = saved.lse.contiguous(), None if d_lse is None else d_lse.contiguous()
-    tensors = (*inputs_of(operands), saved.out, d_out, lse, d_lse, *(rows and rows.ptr for rows in statistics))
+    tensors = (*tensors_of(operands), saved.out, d_out, lse, d_lse, *(rows and rows.ptr for rows in statistics))
     dims = {"HEAD_DIM_V": problem.head_dim_v, "BLOCK_DV": widths(problem)[1]}
     _launch(_ROW_STATISTICS, kernel, problem, tensors, kernel_arguments, **dims)
     return statistics

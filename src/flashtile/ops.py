@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch.autograd import forward_ad, profiler
 from torch.utils._device import DeviceContext
 
 from flashtile import dispatch, settings
+from flashtile.backends import gpu
 from flashtile.backends.base import Gradients, Launcher, Plan, Saved
 from flashtile.errors import UnsupportedProblem
 from flashtile.spec import devices, validation
@@ -203,8 +205,13 @@ def _prepare(operands: Operands, options: tuple[Any, ...], backend: str) -> Prep
         max_seqlen_kv=max_seqlen_kv,
     )
     plan = dispatch.choose(problem, devices.detect(operands.q.device), backend)
-    launcher = cast(Launcher, import_module(f"flashtile.backends.{plan.backend}.launch"))
-    return Prepared(problem=problem, plan=plan, launcher=launcher)
+    return Prepared(problem=problem, plan=plan, launcher=_launcher(plan.backend))
+
+
+@lru_cache
+def _launcher(backend: str) -> Launcher:
+    with gpu.garbage_kept():
+        return cast(Launcher, import_module(f"flashtile.backends.{backend}.launch"))
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -6,7 +6,9 @@ Imports no Triton: plans are made on any machine.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -85,3 +87,19 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's; entering the current one is slow too."""
     is_current = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
     return contextlib.nullcontext() if is_current else torch.cuda.device(tensor.device)
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Puts off Python's search for garbage while kernels are imported, compiled or loaded.
+
+    Nearly all the objects that they make stay, but by their number they set off a search among all that torch holds,
+    which takes longer than importing Triton.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends.gpu import COMPILER_OPTIONS
+from flashtile.backends.gpu import COMPILER_OPTIONS, garbage_kept
 from flashtile.backends.relaunch import Relaunch
 from flashtile.spec.operands import FIELDS, Operands, tensors_of
 
@@ -65,7 +65,8 @@ class KernelLauncher:
             if len(self._compiled) >= MOST_FORMS:
                 self._compiled.clear()
                 self._ready.clear()
-            self._compiled[form] = self.kernel[grid](*arguments(*tensors), **constants, **options)
+            with garbage_kept():
+                self._compiled[form] = self.kernel[grid](*arguments(*tensors), **constants, **options)
             return None
         in_order = tuple(constants[name] for name in self._parameters or constants if name in constants)
         if form not in self._ready:  # comes for the second time, so it may come often

@@ -28,7 +28,6 @@ from flashtile.backends.hopper.primitives.addressing import RowNumbers, find_seq
 from flashtile.backends.hopper.primitives.channel import fill, make_channel, receive, release
 from flashtile.backends.hopper.primitives.gluon_compat import (
     barrier,
-    constexpr_function,
     jit,
     static_range,
     tma_store,
@@ -129,7 +128,6 @@ def attention_forward(
     NUM_CONSUMERS: gl.constexpr,
     NUM_Q_SLOTS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-    ORDERED: gl.constexpr,
     IN_TURN: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
@@ -156,8 +154,8 @@ def attention_forward(
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (softmax_and_pv, (0, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (softmax_and_pv, (1, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (0, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, IN_TURN)),
+                (softmax_and_pv, (1, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, IN_TURN)),
                 (load, (call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
             ],
             [4, 1],
@@ -166,9 +164,9 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (softmax_and_pv, (0, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (softmax_and_pv, (1, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
-                (softmax_and_pv, (2, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, ORDERED, IN_TURN)),
+                (softmax_and_pv, (0, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, IN_TURN)),
+                (softmax_and_pv, (1, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, IN_TURN)),
+                (softmax_and_pv, (2, call, shares, q, k, v, results, HEAD_DIM_V, NUM_CONSUMERS, IN_TURN)),
                 (load, (call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS)),
             ],
             [4, 4, 1],
@@ -181,12 +179,13 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
     BLOCK_KV: gl.constexpr = k.tiles.shape[1]
     step, turn, share_idx = 0, 0, gl.program_id(0)
+    following = next_share(call.schedule)  # asked for a share ahead, since the answer takes as long as a tile
     while share_idx < num_shares(call.schedule):
         work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
         if block_begin < sequence.seqlen_q:
-            send_share(shares, turn, share_idx)
+            send_share(shares, turn, work.tile_idx, work.head_idx, work.batch_idx)
             tiles = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
             kv_head_idx = work.head_idx // call.heads.per_kv
             row = sequence.q_begin + block_begin
@@ -200,8 +199,10 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
                 fill(v, step + i, v_desc, [sequence.buffer_idx, kv_head_idx, row, 0])
             step += num_tiles
             turn += 1
-        share_idx = next_share(call.schedule)
-    send_share(shares, turn, END)
+        share_idx = following
+        if share_idx < num_shares(call.schedule):
+            following = next_share(call.schedule)
+    send_share(shares, turn, END, 0, 0)
 
 
 @jit
@@ -215,7 +216,6 @@ def softmax_and_pv(
     results,
     HEAD_DIM_V: gl.constexpr,
     NUM_CONSUMERS: gl.constexpr,
-    ORDERED: gl.constexpr,
     IN_TURN: gl.constexpr,
 ):
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
@@ -233,17 +233,15 @@ def softmax_and_pv(
         if next_part == 0:
             pass_turn(0)
     step, turn = 0, 0
-    share_idx = receive_share(shares, 0)
-    while share_idx != END:
-        work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
+    work = receive_share(shares, 0)
+    while work.tile_idx != END:
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
         q_begin = block_begin + part * ROWS
         visited = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
         tiles = visited_tiles(call.rules.window, sequence, q_begin, ROWS, BLOCK_KV)
         end = gl.minimum(tiles.end, visited.end)
-        # 192 divides few lengths; without causality it costs more than it saves to skip for rows behind the end.
-        if call.rules.window.right is not None and NUM_CONSUMERS == 3:
+        if NUM_CONSUMERS == 3:  # 192 divides few lengths: rows behind the end see nothing
             end = gl.where(q_begin < sequence.seqlen_q, end, 0)
         last = gl.maximum(end - 1, visited.begin)
         num_hidden = visited.end - 1 - last
@@ -261,22 +259,23 @@ def softmax_and_pv(
         release(k, step)
         release_q(block, last)
         s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, True)
-        no_max = gl.full([ROWS], -INF, gl.float32, rows_of(S))
+        no_max = thread_sums(no_s) - INF
         p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
         p_operand = gl.convert_layout(p.to(dtype), P)  # rounded for the product with V
         acc = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
-        sums = Sums(max_log2, thread_sums(p, BLOCK_KV), acc, p_operand)
+        sums = Sums(max_log2, thread_sums(p), acc, p_operand)
         if call.sequences.cu_seqlens_kv is not None:  # what lies behind a packed sequence may be NaN
             zero_rows_from(receive(v, step), sequence.seqlen_kv - last * BLOCK_KV, 4)
 
         for tile_idx in range(last - 1, visited.begin - 1, -1):
             is_masked = not is_full(tiles, tile_idx)
-            sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, ORDERED, next_part)
+            sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, next_part)
 
         step += last - visited.begin  # the step of the last product P @ V
         acc_token = warpgroup_mma(sums.p_operand, receive(v, step), sums.acc, is_async=True)
         row_sum = gl.convert_layout(gl.sum(sums.row_sums, 1), rows_of(S))
-        factor, lse = finish(sums.max_log2, row_sum, results.sink_ptr, work.head_idx)
+        row_max = gl.convert_layout(gl.max(sums.max_log2, 1), rows_of(S))
+        factor, lse = finish(row_max, row_sum, results.sink_ptr, work.head_idx)
         row = q_begin + gl.arange(0, ROWS, rows_of(S))
         place = row_offset(results.lse, sequence, work.head_idx, row)
         gl.store(results.lse.ptr + place, lse, mask=row < sequence.seqlen_q)
@@ -290,13 +289,13 @@ def softmax_and_pv(
             store_rows(results.matrix, out, sequence.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
         step += 1
         turn += 1
-        share_idx = receive_share(shares, turn)
+        work = receive_share(shares, turn)
     if results.desc is not None:
         tma.store_wait(0)
 
 
 @jit
-def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: gl.constexpr, next_part: gl.constexpr):
+def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, next_part: gl.constexpr):
     """Takes one more tile of keys into the sums; its product S runs beside P @ V of the tile before."""
     BLOCK_KV: gl.constexpr = block.k.tiles.shape[1]
     dtype: gl.constexpr = block.q.dtype
@@ -313,10 +312,7 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, ORDERED: 
     release_q(block, tile_idx)
     s, _capped = scores.scored(s, block.head, block.q_pos, tile_idx * BLOCK_KV + block.kv_idx, is_masked)
     p, max_log2, rescale = softmax_step(s, sums.max_log2, scores.unit_log2(block.head.rules))
-    new_sums = thread_sums(p, BLOCK_KV)
-    if ORDERED:
-        new_sums = after(new_sums, part)
-    row_sums = rescaled(sums.row_sums, rescale) + new_sums
+    row_sums = sums.row_sums * rescale + thread_sums(p)
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     release(block.v, step - 1)
     acc = rescaled_if_needed(acc, rescale)
@@ -365,20 +361,3 @@ def visited_tiles(window, sequence, q_begin, NUM_ROWS: gl.constexpr, BLOCK_KV: g
     q_end = gl.minimum(q_begin + NUM_ROWS, seqlen_q)
     tiles = kv_tiles(window, seqlen_q, seqlen_kv, q_begin, q_end, BLOCK_KV)
     return TileRange(tiles.begin, tiles.full_begin, tiles.full_end, gl.maximum(tiles.end, tiles.begin + 1))
-
-
-@jit
-def after(sums, part: gl.constexpr):
-    """The sums, once all threads of the partition have theirs.
-
-    ptxas moves the wait for P @ V above the exponentials, which then do not run beside the product. It cannot move it
-    above a barrier whose thread count depends on them: on the sign of the sums, which is 0.
-    """
-    return gl.inline_asm_elementwise(after_asm(part), "=f,f", [sums], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@constexpr_function
-def after_asm(part):
-    first_free_barrier = 11
-    count = "{ .reg .b32 c; shr.u32 c, $1, 31; mad.lo.u32 c, c, 128, 128; "
-    return count + f"bar.sync {first_free_barrier + part}, c; mov.b32 $0, $1; }}"

@@ -122,7 +122,6 @@ def _forward(
             NUM_CONSUMERS=tiles.num_consumers,
             NUM_Q_SLOTS=num_q_slots(problem),
             NUM_STAGES=tiles.num_stages,
-            ORDERED=tiles.is_ordered,
             IN_TURN=tiles.is_in_turn,
             CONSUMER_REGISTERS=consumer_registers,
             LOADER_REGISTERS=loader_registers,

@@ -26,8 +26,6 @@ class ForwardTiles(TileConfig):
 
     num_stages: int
     """Slots for tiles of K, and of V."""
-    is_ordered: bool = False
-    """Whether the exponentials are kept in front of the wait for P @ V; see ``forward.after``."""
     is_in_turn: bool = False
     """Whether the consumers take turns on the tensor cores."""
 
@@ -44,25 +42,19 @@ class BackwardTiles(TileConfig):
     """Slots for tiles of Q, and of d_out."""
 
 
+_SHORT_FULL = ForwardTiles(block_q=128, block_kv=128, num_stages=3, is_in_turn=True)
+_SHORT_CAUSAL = ForwardTiles(block_q=128, block_kv=128, num_stages=3)
+_LONG = ForwardTiles(block_q=192, block_kv=128, num_stages=3, is_in_turn=True)
+_MIDDLE = ForwardTiles(block_q=128, block_kv=128, num_stages=2)
+_WIDE = ForwardTiles(block_q=128, block_kv=64, num_stages=2)
+
 _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
-    (64, False): (
-        (512, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
-        (LONGEST, ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_in_turn=True)),
-    ),
-    (64, True): (
-        (2048, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
-        (LONGEST, ForwardTiles(block_q=192, block_kv=128, num_stages=2, is_in_turn=True)),
-    ),
-    (128, False): (
-        (2048, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
-        (LONGEST, ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=True)),
-    ),
-    (128, True): (
-        (2048, ForwardTiles(block_q=128, block_kv=128, num_stages=2)),
-        (LONGEST, ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_ordered=True)),
-    ),
-    (256, False): ((LONGEST, ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=True)),),
-    (256, True): ((LONGEST, ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_ordered=True)),),
+    (64, False): ((1024, _SHORT_FULL), (LONGEST, _LONG)),
+    (64, True): ((1024, _SHORT_CAUSAL), (LONGEST, _LONG)),
+    (128, False): ((LONGEST, _MIDDLE),),
+    (128, True): ((LONGEST, _MIDDLE),),
+    (256, False): ((LONGEST, _WIDE),),
+    (256, True): ((LONGEST, _WIDE),),
 }
 """(width of the wider head, is causal) -> tiles for up to so many queries; see docs/kernels/hopper_forward.md."""
 

@@ -39,6 +39,12 @@ def number_layout(num_warps):
 
 
 @constexpr_function
+def everywhere_layout(num, num_warps):
+    """Of ``num`` numbers, all of them in every thread."""
+    return gl.BlockedLayout([num], [32], [num_warps], [0])
+
+
+@constexpr_function
 def plain_layout():
     """Of numbers side by side in shared memory."""
     return gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -54,3 +60,9 @@ def rows_of(layout):
 def cols_of(layout):
     """Of one number per column of a tile in ``layout``."""
     return gl.SliceLayout(0, layout)
+
+
+@constexpr_function
+def threads_of(layout):
+    """Of one number per row and thread, for a tile whose axes are rows, groups of columns, threads and neighbours."""
+    return gl.SliceLayout(1, gl.SliceLayout(3, layout))

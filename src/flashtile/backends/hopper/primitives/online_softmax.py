@@ -13,12 +13,12 @@ from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives.gluon_compat import constexpr_function, full_like, inline_asm, jit
-from flashtile.backends.hopper.primitives.layouts import rows_of
+from flashtile.backends.hopper.primitives.layouts import rows_of, threads_of
 
 LOG2_E = gl.constexpr(constants.LOG2_E)
 LN_2 = gl.constexpr(1 / constants.LOG2_E)
 INF = gl.constexpr(float("inf"))
-MOST_ABOVE = gl.constexpr(8.0)
+MOST_ABOVE = 8.0
 """How far exponents may grow beyond the one that sums are relative to, before sums are brought to a new one.
 
 Probabilities, then up to 2**8, are rounded as exactly as those up to 1.
@@ -37,24 +37,59 @@ def softmax_step(s, max_log2, unit_log2):
 
     Args:
         s: [64, BLOCK_KV] float32 scores, which ``unit_log2 > 0`` turns into powers of two.
-        max_log2: [64] the exponent that sums are relative to: at most MOST_ABOVE below the largest so far; -inf before
-            the first.
+        max_log2: [64, 4] the exponent that sums are relative to, alike in the four threads of a row: at most MOST_ABOVE
+            below the largest so far; -inf before the first.
 
     Returns:
         (p, max_log2, rescale): p = exp2(unit_log2 * s - max_log2) with the new maximum, and the factor that brings sums
         of the old maximum to the new one.
     """
-    tile_max = gl.max(s, 1) * unit_log2
-    new_max = gl.where(tile_max - max_log2 > MOST_ABOVE, tile_max, max_log2)
+    by_thread = s.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
+    THREADS: gl.constexpr = threads_of(by_thread.type.layout)
+    tile_max = gl.convert_layout(thread_max(s), max_log2.type.layout) * unit_log2
+    new_max = raised_if_needed(tile_max, max_log2)
     shift = guarded(new_max)
-    p = gl.exp2(gl.fma(s, gl.to_tensor(unit_log2), -gl.expand_dims(shift, 1)))
-    return p, new_max, gl.exp2(max_log2 - shift)
+    of_tile = gl.expand_dims(gl.expand_dims(gl.convert_layout(shift, THREADS), 1), 3)
+    p = gl.exp2(gl.fma(by_thread, gl.to_tensor(unit_log2), -of_tile)).reshape(s.shape)
+    return gl.convert_layout(p, s.type.layout), new_max, gl.exp2(max_log2 - shift)
 
 
 @jit
-def thread_sums(p, BLOCK_KV: gl.constexpr):
+def thread_max(s):
+    """[64, 4]: the largest of what each of the four threads that share a row has of it; in short chains."""
+    pairs = gl.max(s.reshape([s.shape[0], 4, s.shape[1] // 32, 4, 2]), 4)
+    return gl.max(gl.max(pairs, 2), 1)
+
+
+@jit
+def thread_sums(p):
     """[64, 4]: what each of the four threads that share a row has of its sum."""
-    return gl.sum(gl.sum(p.reshape([64, BLOCK_KV // 8, 4, 2]), 3), 1)
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@jit
+def raised_if_needed(tile_max, max_log2):
+    """The exponent that sums are relative to, from what each thread has of the tile.
+
+    The threads of a row compare theirs only where a thread of the warp finds one that is too far above.
+    """
+    ASM: gl.constexpr = raise_asm()
+    return inline_asm(ASM, "=&f,=&f,f,f,f,f", [tile_max, max_log2], dtype=gl.float32, is_pure=True, pack=2)
+
+
+@constexpr_function
+def raise_asm():
+    """A thread has one number of either of its two rows; the four that share a row are neighbours."""
+    test = "sub.f32 above, {tile}, {old}; setp.gt.or.f32 far, above, {most}, far; "
+    share = "shfl.sync.bfly.b32 other, row, {lane}, 31, -1; max.f32 row, row, other; "
+    compare = "mov.b32 row, {tile}; " + share.replace("{lane}", "2") + share.replace("{lane}", "1")
+    select = "sub.f32 above, row, {old}; setp.gt.f32 far, above, {most}; selp.f32 {new}, row, {old}, far; "
+    first, second = {"new": "$0", "tile": "$2", "old": "$4"}, {"new": "$1", "tile": "$3", "old": "$5"}
+    begin = "{ .reg .pred far; .reg .f32 above, row, other; mov.b32 $0, $4; mov.b32 $1, $5; setp.ne.u32 far, 0, 0; "
+    tests = test.format(**first, most=MOST_ABOVE) + test.format(**second, most=MOST_ABOVE)
+    branch = "vote.sync.any.pred far, far, -1; @!far bra.uni DONE; "
+    raised = (compare + select).format(**first, most=MOST_ABOVE) + (compare + select).format(**second, most=MOST_ABOVE)
+    return begin + tests + branch + raised + "DONE: }"
 
 
 @jit
@@ -66,12 +101,15 @@ def rescaled(sums, rescale):
 
 @jit
 def rescaled_if_needed(acc, rescale):
-    """``rescaled``, but a warp whose rows all have a factor of 1, as they almost always do, multiplies nothing."""
+    """acc times the factors of its rows; a warp whose factors are all 1, as almost always, multiplies nothing."""
     NUM: gl.constexpr = acc.shape[1] // 2
-    factors = gl.expand_dims(gl.convert_layout(rescale, rows_of(acc.type.layout)), 1)
-    return inline_asm(
-        rescale_asm(NUM), rescale_constraints(NUM), [acc, factors], dtype=gl.float32, is_pure=True, pack=NUM
+    by_thread = acc.reshape([acc.shape[0], acc.shape[1] // 8, 4, 2])
+    THREADS: gl.constexpr = threads_of(by_thread.type.layout)
+    factors = gl.expand_dims(gl.expand_dims(gl.convert_layout(rescale, THREADS), 1), 3)
+    product = inline_asm(
+        rescale_asm(NUM), rescale_constraints(NUM), [by_thread, factors], dtype=gl.float32, is_pure=True, pack=NUM
     )
+    return gl.convert_layout(product.reshape(acc.shape), acc.type.layout)
 
 
 @constexpr_function

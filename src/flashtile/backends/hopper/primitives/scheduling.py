@@ -9,10 +9,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper.primitives.channel import Channel, make_barriers, receive, release, slot_to_fill
 from flashtile.backends.hopper.primitives.gluon_compat import jit
-from flashtile.backends.hopper.primitives.layouts import number_layout, plain_layout
+from flashtile.backends.hopper.primitives.layouts import everywhere_layout, number_layout, plain_layout
 
 NUM_SLOTS = gl.constexpr(2)
 END = gl.constexpr(-1)
+"""The tile of the share that does not exist."""
 
 
 class Schedule(NamedTuple):
@@ -43,7 +44,7 @@ def num_shares(schedule):
 
 @jit
 def next_share(schedule):
-    """The index of a program's next share; one that is not below ``num_shares`` does not exist."""
+    """The index of a further share for a program; one that is not below ``num_shares`` does not exist."""
     share_idx = num_shares(schedule)
     if share_idx > gl.num_programs(0):
         share_idx = gl.num_programs(0) + gl.atomic_add(schedule.counter, 1, sem="relaxed")
@@ -72,21 +73,28 @@ def share(schedule, share_idx, heads_per_sequence, LAST_FIRST: gl.constexpr):
 def make_share_channel(NUM_READERS: gl.constexpr):
     """Tells the other partitions of a program which share comes next."""
     layout: gl.constexpr = plain_layout()
-    numbers = gl.allocate_shared_memory(gl.int32, [NUM_SLOTS, 1], layout)
+    numbers = gl.allocate_shared_memory(gl.int32, [NUM_SLOTS, 4], layout)
     return Channel(numbers, make_barriers(NUM_SLOTS, 1), make_barriers(NUM_SLOTS, NUM_READERS))
 
 
 @jit
-def send_share(shares, turn, share_idx):
-    """From one warp; ``END`` is sent last."""
-    layout: gl.constexpr = number_layout(1)
-    slot_to_fill(shares, turn).store(gl.full([1], 0, gl.int32, layout) + share_idx)
+def send_share(shares, turn, tile_idx, head_idx, batch_idx):
+    """From one warp, which has divided the index, so that readers need not; ``END`` is sent last."""
+    place = gl.arange(0, 4, number_layout(1))
+    numbers = gl.where(place == 0, tile_idx, gl.where(place == 1, head_idx, batch_idx))
+    slot_to_fill(shares, turn).store(numbers)
     mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
 
 
 @jit
 def receive_share(shares, turn):
-    layout: gl.constexpr = number_layout(4)
-    share_idx = gl.max(receive(shares, turn).load(layout), 0)
+    layout: gl.constexpr = everywhere_layout(4, 4)
+    numbers = receive(shares, turn).load(layout)
     release(shares, turn)
-    return share_idx
+    place = gl.arange(0, 4, layout)
+    return Work(number_at(numbers, place, 0), number_at(numbers, place, 1), number_at(numbers, place, 2))
+
+
+@jit
+def number_at(numbers, place, idx: gl.constexpr):
+    return gl.sum(gl.where(place == idx, numbers, 0), 0)

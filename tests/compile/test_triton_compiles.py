@@ -6,16 +6,11 @@ No GPU is needed: a process of its own compiles for a target (``triton_variants.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from variants_process import MOST_SPILLED_BYTES, NEWEST, as_table, check_memory, needs_newest, variants
+from variants_process import NEWEST, as_table, check_memory, needs_newest, variants
 
 from flashtile.backends.triton.tiles import FAMILIES, KERNELS
-
-MOST_SPILLED_BY_THE_NEWEST = 320
-"""Bytes, of the rows that were chosen by their time with Triton 3.6. Since 3.9 Triton has ptxas allocate registers in
-another way, against an error of it, and rows that filled them spill."""
 
 COLUMNS = {"dtype": 16, "width": 6, "column": 32, "registers": 10, "spills": 8, "shared": 9}
 
@@ -25,15 +20,8 @@ def compile_all(family: str, kernel: str, columns: str, path: Path | None, cache
     found = variants("triton_variants.py", family, kernel, columns, cache=cache, triton_path=path)
     table = as_table(found, COLUMNS)
     assert len(found) >= 5, table
-    were_timed = [path is not None and was_timed(family, row) for row in found]
-    for is_timed, most_spilled in ((False, MOST_SPILLED_BYTES), (True, MOST_SPILLED_BY_THE_NEWEST)):
-        rows = [row for row, each in zip(found, were_timed, strict=True) if each == is_timed]
-        check_memory(rows, table, most_shared=FAMILIES[family], most_spilled=most_spilled)
+    check_memory(found, table, most_shared=FAMILIES[family])
     return table
-
-
-def was_timed(family: str, row: dict[str, Any]) -> bool:
-    return family == "sm_90" and row["dtype"] == "torch.bfloat16" and row["width"] <= 256
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -24,6 +24,7 @@ with interpreted_without_gpu():
 
     from flashtile.backends.triton.primitives.dropout import survivors
     from flashtile.backends.triton.primitives.masking import kv_tiles, q_tiles
+    from flashtile.backends.triton.primitives.scores import near_float
 
 
 def interpretable(function: Callable[..., None]) -> Any:
@@ -107,6 +108,20 @@ def test_the_threshold_of_hidden_scores_is_that_of_the_contract() -> None:
     """The kernels' threshold for hidden scores is that of the specification, less the rounding of one product."""
     exact = masks.HIDDEN_BELOW * constants.LOG2_E
     assert exact < constants.HIDDEN_BELOW_LOG2 < exact * (1 - 2**-21)
+
+
+@interpretable
+def write_near_distances(distances_ptr, shift, SIZE: tl.constexpr):
+    idx = tl.arange(0, SIZE)
+    tl.store(distances_ptr + idx, near_float(idx) - near_float(idx * 0 - shift))
+
+
+@pytest.mark.parametrize("shift", [0, 1, -63, 4095, constants.FARTHEST_NEAR - 64, 1 - constants.FARTHEST_NEAR])
+def test_near_distances_are_exact(shift: int) -> None:
+    with torch.device(TRITON_SMALL.device):
+        distances = torch.empty(64, dtype=torch.float32)
+        write_near_distances[1,](distances, shift, SIZE=64)
+        assert distances.tolist() == [float(shift + idx) for idx in range(64)]
 
 
 @interpretable

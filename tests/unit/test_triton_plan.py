@@ -61,6 +61,17 @@ def test_a_special_row_is_used() -> None:
     assert tiles.tiles_for(posed(head_dim=128, causal=True), "sm_90")["forward"].block_kv == 64
 
 
+@pytest.mark.parametrize(("version", "num_warps"), [((0, 0), 4), ((3, 6), 4), ((3, 9), 8), ((4, 0), 8)])
+def test_newer_tritons_have_rows_of_their_own(
+    version: tuple[int, int], num_warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "triton_version", lambda: version)
+    for changes in ({}, {"has_alibi": True}):
+        found = tiles.tiles_for(posed(head_dim=256, **changes), "sm_90")["backward_kv"]
+        assert found.num_warps == num_warps, changes
+    assert tiles.tiles_for(posed(head_dim=256), "sm_80")["backward_kv"].num_warps == 8
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.gpu import Slopes, Softcap, Window, slopes, softcap, window
-from flashtile.backends.triton.constants import FARTHEST_ROWS, LOG2_E, STATISTICS_ROWS
+from flashtile.backends.triton.constants import FARTHEST_NEAR, FARTHEST_ROWS, LOG2_E, STATISTICS_ROWS
 from flashtile.spec.dropout import drop_threshold
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -73,6 +73,9 @@ class ScoreRules(NamedTuple):
     mask: PairMatrix | None
     alibi: Slopes | None
     dropout: Dropout | None
+    near: int | None = None
+    """1 if all distances are below ``FARTHEST_NEAR`` and ALiBi may use that, else ``None``; only for kernels that have
+    queries as the rows of a tile."""
     end: None = None
     """Always ``None``: Triton 3.6 forgets compile-time numbers (a stride of 1) in tuples of a tuple that come after the
     last ``None`` of the outer one."""
@@ -106,15 +109,19 @@ def statistics(problem: AttentionProblem, fill: float, device: torch.device) -> 
     return Statistics(numbers, problem.heads_q * length, length)
 
 
-def score_rules(problem: AttentionProblem, operands: Operands, *, may_be_natural: bool = False) -> ScoreRules:
+def score_rules(
+    problem: AttentionProblem, operands: Operands, *, may_be_natural: bool = False, may_be_near: bool = False
+) -> ScoreRules:
     """The problem's options, with the tensors that they come with.
 
     Args:
         may_be_natural: not in the dK/dV kernel, whose loop would wait for the bias. For float32, forward and backward
             have to round scores alike, so none of them are.
+        may_be_near: in the forward, which has the registers for it. Near distances are those of the other kernels.
     """
     bias = operands.bias
     is_natural = may_be_natural and bias is not None and problem.dtype.itemsize == 2
+    reach = problem.seqlen_q + problem.seqlen_kv + 2 * STATISTICS_ROWS
     is_plain = not (problem.softcap or problem.has_alibi or bias is not None)
     if is_plain and problem.scale <= 0:
         # Without these options the kernels find each row's maximum before they scale, which needs a positive scale.
@@ -130,4 +137,5 @@ def score_rules(problem: AttentionProblem, operands: Operands, *, may_be_natural
         dropout=None
         if operands.dropout_seed is None
         else Dropout(operands.dropout_seed, drop_threshold(problem.dropout_p), 1 / (1 - problem.dropout_p)),
+        near=1 if may_be_near and problem.has_alibi and reach < FARTHEST_NEAR else None,
     )

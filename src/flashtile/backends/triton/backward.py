@@ -184,12 +184,13 @@ def attention_backward_kv(
         d_out = load_tile(d_out_ptr, d_out_matrix, num_rows, HEAD_DIM_V, BLOCK_Q, BLOCK_DV)
         d_p_t = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_KV, BLOCK_Q] f32
         dropped_t = p_t
+        p_t = scores.through_cap(p_t, capped_t, rules)
         if rules.dropout is not None:
             survival_t = scores.survival(head, tile, True, BLOCK_Q, BLOCK_KV)
-            dropped_t, d_p_t = p_t * survival_t, d_p_t * survival_t
+            dropped_t, d_p_t = dropped_t * survival_t, d_p_t * survival_t
         d_v = accumulate(d_v, dropped_t, d_out, PRECISION)
         delta = per_query(delta_rows, head, tile, True, BLOCK_Q)
-        d_s_t = scores.through_cap(p_t * (d_p_t - delta), capped_t, rules)
+        d_s_t = p_t * (d_p_t - delta)
         d_k = accumulate(d_k, d_s_t, q, PRECISION)
 
     d_k_ptr = row_pointer(d_k_matrix, work.batch_idx, work.head_idx, row_idx)

@@ -18,6 +18,9 @@ within 7 of 2**-7, so p = exp2(s - lse) is computed as 2**-7 * exp2(s - (lse - 7
 FARTHEST_ROWS = 2**24
 """The largest stride between the rows of a tile, in elements: offsets within a tile of up to 128 rows fit 32 bits."""
 
+FARTHEST_NEAR = 2**22
+"""Integers closer to 0 than this become float32 by an addition, without the instruction that converts them."""
+
 STATISTICS_ROWS = 128
 """The backward's own numbers of a sequence fill up whole blocks of this many rows, the largest BLOCK_Q.
 

@@ -63,7 +63,7 @@ def _forward(
             lse,
             lse.shape[-1],
             operands.sinks,
-            arguments.score_rules(problem, operands, may_be_natural=True),
+            arguments.score_rules(problem, operands, may_be_natural=True, may_be_near=True),
             *_sizes(problem, operands),
         )
 

@@ -1,13 +1,17 @@
 """The tile tables: one literal row per GPU family, kernel, item size and head width. Nothing is tuned at run time.
 
-The sm_90 rows for 16-bit inputs up to width 256 were chosen by timing candidates on an H200 (docs/triton.md). All
-others are the largest candidates that do not spill registers and fit the family's shared memory, as the compilers of
-Triton 3.6 and 3.9 report; nobody has timed them yet.
+The sm_90 rows for 16-bit inputs up to width 256 were chosen by timing candidates on an H200 with Triton 3.6
+(docs/triton.md). All others are the largest candidates that do not spill registers and fit the family's shared memory,
+as the compilers of Triton 3.6 and 3.9 report; nobody has timed them yet. The two versions allocate registers in
+different ways: where the fastest row of the one spills with the other, the newer one has a row of its own (``_NEWER``).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
 
 from flashtile.backends.base import TileConfig
 from flashtile.backends.triton.constants import STATISTICS_ROWS
@@ -49,7 +53,7 @@ _TABLE: dict[str, dict[tuple[str, int], dict[int, tuple[Row | None, Row | None, 
         },
         ("backward_kv", 2): {
             64: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
-            128: ((64, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+            128: ((64, 128, 8, 3), (32, 128, 8, 2), (32, 32, 4, 2)),
             256: ((64, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
             512: ((32, 32, 8, 1), (16, 32, 8, 2), (32, 16, 8, 2)),
         },
@@ -62,7 +66,7 @@ _TABLE: dict[str, dict[tuple[str, int], dict[int, tuple[Row | None, Row | None, 
         ("backward_q", 2): {
             64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
             128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-            256: ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+            256: ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
             512: ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
         },
         ("backward_q", 4): {
@@ -257,6 +261,31 @@ _SPECIAL: dict[tuple[str, str, int, int], dict[str, Row]] = {
 }
 """Better rows for problems that are special in one way (``special_case``): kernels that do less have registers left."""
 
+NEWER = (3, 9)
+"""The first Triton that has ptxas allocate registers in another way (``--regAllocOptLevel=2``)."""
+
+_NEWER: dict[tuple[str, str, int, int], dict[int | str, Row]] = {
+    ("sm_90", "backward_kv", 2, 128): {
+        0: (64, 128, 8, 2),
+        "bias": (64, 128, 8, 2),
+        "mask": (32, 128, 8, 3),
+        "alibi": (64, 128, 8, 2),
+        "softcap": (32, 128, 8, 3),
+    },
+    ("sm_90", "backward_kv", 2, 256): dict.fromkeys((0, "bias", "mask", "alibi"), (64, 32, 8, 2)),
+}
+"""Rows, by column or special case, that ``NEWER`` Tritons use instead: theirs spill 80 to 312 bytes with the others."""
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """Of the installed Triton, which is not imported; (0, 0) where there is none, and plans are for other machines."""
+    try:
+        numbers = re.match(r"(\d+)\.(\d+)", metadata.version("triton"))
+    except metadata.PackageNotFoundError:
+        return (0, 0)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
 
 def widths(problem: AttentionProblem) -> tuple[int, int]:
     """(BLOCK_D, BLOCK_DV), the widths of tiles that hold a head: the matrix units take powers of two from 16 on.
@@ -301,8 +330,10 @@ def tiles_for(problem: AttentionProblem, table: str) -> dict[str, GpuTiles]:
     itemsize, column, case = problem.dtype.itemsize, demand(problem), special_case(problem)
     rows: dict[str, Row | None] = {"row_statistics": (max(8, min(STATISTICS_ROWS, 4096 // width)), 1, 4, 1)}
     for kernel in kernels_of(problem):
-        special = _SPECIAL.get((table, kernel, itemsize, width), {})
-        rows[kernel] = special.get(case, _TABLE[table][kernel, itemsize][width][column])
+        key = (table, kernel, itemsize, width)
+        newer = _NEWER.get(key, {}) if triton_version() >= NEWER else {}
+        in_general = newer.get(column, _TABLE[table][kernel, itemsize][width][column])
+        rows[kernel] = newer.get(case, _SPECIAL.get(key, {}).get(case, in_general))
     return {
         kernel: GpuTiles(block_q=row[0], block_kv=row[1], num_warps=row[2], num_stages=row[3])
         for kernel, row in rows.items()

@@ -16,6 +16,9 @@ from flashtile.backends.triton.primitives.dropout import survivors
 from flashtile.backends.triton.primitives.masking import is_visible
 from flashtile.backends.triton.primitives.online_softmax import INF, LOG2_E
 
+MIDDLE_FLOAT_BITS = tl.constexpr(0x4B400000)
+"""Those of MIDDLE_FLOAT, 1.5 * 2**23."""
+
 
 class HeadRules(NamedTuple):
     """The score rules as they apply to one query head of one sequence."""
@@ -85,7 +88,10 @@ def scored(
         if rules.bias is not None:
             added = pair_tile(rules.bias, head, tile, TRANSPOSED, BLOCK_Q, BLOCK_KV).to(tl.float32) * _unit(rules)
         if rules.alibi is not None:
-            distance = tl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(tl.float32))
+            if rules.near is not None:
+                distance = near_distances(head, tile, BLOCK_Q, BLOCK_KV)
+            else:
+                distance = tl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(tl.float32))
             added = tl.fma(distance, -slope(head), added)
         s = tl.fma(s, factor, added)
     if rules.mask is not None:
@@ -117,6 +123,25 @@ def slope(head):
     alibi = head.rules.alibi
     offset = head.sequence.batch_idx * alibi.batch_stride + head.head_idx * alibi.head_stride
     return tl.load(alibi.ptr + offset).to(tl.float32) * _unit(head.rules)
+
+
+@triton.jit
+def near_distances(head, tile, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """[BLOCK_Q, BLOCK_KV] how far each key is from where its query is aligned, if that is below ``FARTHEST_NEAR``.
+
+    Differences of two floats around MIDDLE_FLOAT, which are exact: one instruction for each pair instead of a
+    subtraction and a conversion, which takes as long as two. What changes from tile to tile is added to the columns;
+    else the compiler would compute them all before the loop and keep them in registers.
+    """
+    q_idx, kv_idx = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
+    shift = tile.q_begin - tile.kv_begin + (head.sequence.seqlen_kv - head.sequence.seqlen_q)
+    return tl.abs(near_float(q_idx[:, None]) - near_float((kv_idx - shift)[None, :]))
+
+
+@triton.jit
+def near_float(number):
+    """MIDDLE_FLOAT + number in float32, for integers below ``FARTHEST_NEAR``: neighbouring floats are 1 apart there."""
+    return (number + MIDDLE_FLOAT_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit

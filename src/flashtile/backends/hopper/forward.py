@@ -48,6 +48,7 @@ from flashtile.backends.hopper.primitives.online_softmax import (
 from flashtile.backends.hopper.primitives.scheduling import (
     END,
     Schedule,
+    Work,
     make_share_channel,
     next_share,
     num_shares,
@@ -179,13 +180,12 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
     BLOCK_Q: gl.constexpr = NUM_CONSUMERS * ROWS
     BLOCK_KV: gl.constexpr = k.tiles.shape[1]
     step, turn, share_idx = 0, 0, gl.program_id(0)
-    following = next_share(call.schedule)  # asked for a share ahead, since the answer takes as long as a tile
     while share_idx < num_shares(call.schedule):
         work = share(call.schedule, share_idx, call.heads.num_q, LAST_FIRST=call.rules.window.right is not None)
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
         if block_begin < sequence.seqlen_q:
-            send_share(shares, turn, work.tile_idx, work.head_idx, work.batch_idx)
+            send_share(shares, turn, work)
             tiles = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
             kv_head_idx = work.head_idx // call.heads.per_kv
             row = sequence.q_begin + block_begin
@@ -193,16 +193,24 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
                 place = [sequence.buffer_idx, work.head_idx, row + part * ROWS, 0]
                 fill(q, turn * NUM_CONSUMERS + part, q_desc, place)
             num_tiles = tiles.end - tiles.begin
-            for i in range(num_tiles):
+            for i in range(num_tiles - 1):
                 row = sequence.kv_begin + (tiles.end - 1 - i) * BLOCK_KV
-                fill(k, step + i, k_desc, [sequence.buffer_idx, kv_head_idx, row, 0])
-                fill(v, step + i, v_desc, [sequence.buffer_idx, kv_head_idx, row, 0])
+                fill_kv(k, v, step + i, k_desc, v_desc, sequence.buffer_idx, kv_head_idx, row)
+            # Asked for while slots for the last tile become free. Earlier, shares would not even out.
+            share_idx = next_share(call.schedule)
+            row = sequence.kv_begin + tiles.begin * BLOCK_KV
+            fill_kv(k, v, step + num_tiles - 1, k_desc, v_desc, sequence.buffer_idx, kv_head_idx, row)
             step += num_tiles
             turn += 1
-        share_idx = following
-        if share_idx < num_shares(call.schedule):
-            following = next_share(call.schedule)
-    send_share(shares, turn, END, 0, 0)
+        else:
+            share_idx = next_share(call.schedule)
+    send_share(shares, turn, Work(END, 0, 0))
+
+
+@jit
+def fill_kv(k, v, step, k_desc, v_desc, buffer_idx, kv_head_idx, row):
+    fill(k, step, k_desc, [buffer_idx, kv_head_idx, row, 0])
+    fill(v, step, v_desc, [buffer_idx, kv_head_idx, row, 0])
 
 
 @jit

@@ -1,9 +1,8 @@
 """The tile tables: one literal row per GPU family, kernel, item size and head width. Nothing is tuned at run time.
 
-The sm_90 rows for 16-bit inputs up to width 256 were chosen by timing candidates on an H200 with Triton 3.6
-(docs/triton.md). All others are the largest candidates that do not spill registers and fit the family's shared memory,
-as the compilers of Triton 3.6 and 3.9 report; nobody has timed them yet. The two versions allocate registers in
-different ways: where the fastest row of the one spills with the other, the newer one has a row of its own (``_NEWER``).
+The sm_90 rows for 16-bit inputs up to width 256 were chosen by timing candidates on an H200 (docs/triton.md). All
+others are the largest candidates that do not spill registers and fit the family's shared memory, as the compilers of
+Triton 3.6 and 3.9 report; nobody has timed them yet.
 """
 
 from __future__ import annotations
@@ -262,19 +261,12 @@ _SPECIAL: dict[tuple[str, str, int, int], dict[str, Row]] = {
 """Better rows for problems that are special in one way (``special_case``): kernels that do less have registers left."""
 
 NEWER = (3, 9)
-"""The first Triton that has ptxas allocate registers in another way (``--regAllocOptLevel=2``)."""
+"""The first Triton that has ptxas allocate registers in another way, and keeps a bias or mask in them."""
 
-_NEWER: dict[tuple[str, str, int, int], dict[int | str, Row]] = {
-    ("sm_90", "backward_kv", 2, 128): {
-        0: (64, 128, 8, 2),
-        "bias": (64, 128, 8, 2),
-        "mask": (32, 128, 8, 3),
-        "alibi": (64, 128, 8, 2),
-        "softcap": (32, 128, 8, 3),
-    },
-    ("sm_90", "backward_kv", 2, 256): dict.fromkeys((0, "bias", "mask", "alibi"), (64, 32, 8, 2)),
+_NEWER: dict[tuple[str, str, int, int], dict[str, Row]] = {
+    ("sm_90", "backward_kv", 2, 128): dict.fromkeys(("bias", "mask", "alibi"), (64, 128, 8, 2)),
 }
-"""Rows, by column or special case, that ``NEWER`` Tritons use instead: theirs spill 80 to 312 bytes with the others."""
+"""Special rows that ``NEWER`` Tritons use instead, since their kernels are faster so (docs/triton.md)."""
 
 
 @lru_cache(maxsize=1)
@@ -331,9 +323,10 @@ def tiles_for(problem: AttentionProblem, table: str) -> dict[str, GpuTiles]:
     rows: dict[str, Row | None] = {"row_statistics": (max(8, min(STATISTICS_ROWS, 4096 // width)), 1, 4, 1)}
     for kernel in kernels_of(problem):
         key = (table, kernel, itemsize, width)
-        newer = _NEWER.get(key, {}) if triton_version() >= NEWER else {}
-        in_general = newer.get(column, _TABLE[table][kernel, itemsize][width][column])
-        rows[kernel] = newer.get(case, _SPECIAL.get(key, {}).get(case, in_general))
+        special = _SPECIAL.get(key, {})
+        if triton_version() >= NEWER:
+            special = special | _NEWER.get(key, {})
+        rows[kernel] = special.get(case, _TABLE[table][kernel, itemsize][width][column])
     return {
         kernel: GpuTiles(block_q=row[0], block_kv=row[1], num_warps=row[2], num_stages=row[3])
         for kernel, row in rows.items()

@@ -78,10 +78,10 @@ def make_share_channel(NUM_READERS: gl.constexpr):
 
 
 @jit
-def send_share(shares, turn, tile_idx, head_idx, batch_idx):
-    """From one warp, which has divided the index, so that readers need not; ``END`` is sent last."""
+def send_share(shares, turn, work):
+    """From one warp, which has divided the index, so that readers need not; the tile ``END`` is sent last."""
     place = gl.arange(0, 4, number_layout(1))
-    numbers = gl.where(place == 0, tile_idx, gl.where(place == 1, head_idx, batch_idx))
+    numbers = gl.where(place == 0, work.tile_idx, gl.where(place == 1, work.head_idx, work.batch_idx))
     slot_to_fill(shares, turn).store(numbers)
     mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
 

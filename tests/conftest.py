@@ -1,9 +1,10 @@
-"""What every test shares: the number of threads, hypothesis profiles, and the rule for tests that need a GPU."""
+"""What every test shares: threads, hypothesis profiles, the rule for tests that need a GPU, and ``--failures-to``."""
 
 from __future__ import annotations
 
 import os
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +38,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+class FailuresFile:
+    """Tells of a failure as soon as it is there: runs on a lent GPU may be stopped before pytest's summary."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            with self.path.open("a") as file:
+                file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--failures-to", type=Path, help="write each failure to the end of this file, at once")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--failures-to")
+    if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to the one process that writes
+        config.pluginmanager.register(FailuresFile(path))

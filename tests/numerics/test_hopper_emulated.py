@@ -1,0 +1,44 @@
+"""The Hopper kernels against the float64 oracle, without the GPU: their Python is executed by ``gluon_emulator``.
+
+What Gluon's compiler makes of them is not seen here: ``test_hopper.py`` runs that on an H200, and
+``tests/compile/test_hopper_compiles.py`` looks at it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("hopper_emulated.py")
+
+
+def emulate(*arguments: str) -> tuple[int, str]:
+    """(exit code, what was printed), from a process in which nothing is Triton."""
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("calls", ["edges", "turns", "packed", "huge", "mixes", "gradients"])
+def test_results(calls: str) -> None:
+    assert emulate(calls) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "calls", "message"),
+    [
+        ("sums are not rescaled", "huge", "out "),
+        ("turns are not passed on", "turns", "everyone waits"),
+        ("rows behind a sequence are not zeroed", "packed", "NaN"),
+        ("the unit's reads are not waited for", "huge", "not waited for"),
+        ("no fence", "huge", "without a fence"),
+        ("the product of S is not waited for", "huge", "may still run"),
+    ],
+)
+def test_mistakes_are_found(mistake: str, calls: str, message: str) -> None:
+    exit_code, printed = emulate("--mistake", mistake, calls)
+    assert exit_code == 1
+    assert message in printed

@@ -1,4 +1,5 @@
-"""The Hopper kernels against the float64 oracle. They need the GPU: Gluon has no interpreter.
+"""The Hopper kernels against the float64 oracle, on the GPU; Gluon has no interpreter. ``test_hopper_emulated.py`` runs
+their Python without one.
 
 Calls that the backend declines are skipped for the reason that it gives; other numerics tests run it as one of the
 ``BACKENDS``, and ``tests/compile/test_hopper_compiles.py`` compiles its kernels anywhere.

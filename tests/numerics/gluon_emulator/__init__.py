@@ -61,7 +61,7 @@ def inline_asm(
     args: list[Any],
     *,
     dtype: Dtype,
-    is_pure: bool,  # noqa: ARG001
+    is_pure: bool,
     pack: int,
 ) -> Registers | None:
     if named := re.fullmatch(r"bar\.(sync|arrive) (\d+), 256; mov\.b32 \$0, \$1;", asm):
@@ -95,7 +95,7 @@ class Kernel:
         return self.function(*args, **constants)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:  # noqa: ARG001
+        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
             arguments = [_argument(arg) for arg in args]
             for program_idx in range(grid[0]):
                 Program.current = Program(program_idx, grid)
@@ -113,7 +113,7 @@ def _argument(value: Any) -> Any:
     return as_scalar(value)
 
 
-def _jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:  # noqa: ARG001
+def _jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return Kernel if function is None else Kernel(function)
 
 

@@ -27,7 +27,7 @@ class Pointer:
     def dtype(self) -> Any:
         return types.SimpleNamespace(element_ty=DTYPE_OF[self.memory.dtype])
 
-    def to(self, dtype: Dtype, *, bitcast: bool) -> Pointer:  # noqa: ARG002
+    def to(self, dtype: Dtype, *, bitcast: bool) -> Pointer:
         """As a number: assembly takes pointers so."""
         return self
 
@@ -68,7 +68,7 @@ def add(pointer: Pointer, value: Registers, mask: Any = True) -> None:
         pointer.memory.index_add_(0, offsets, data)
 
 
-def atomic_add(pointer: Pointer, value: int, sem: str) -> Any:  # noqa: ARG001
+def atomic_add(pointer: Pointer, value: int, sem: str) -> Any:
     offset = int(pointer.offset)
     before = as_scalar(pointer.memory[offset].item())
     pointer.memory[offset] += value

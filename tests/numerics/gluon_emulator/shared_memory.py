@@ -56,7 +56,7 @@ class Shared:
         self.data.copy_(value.data)
         Program.current.issued.unfenced.add(self.allocation)
 
-    def reinterpret(self, dtype: Dtype, shape: list[int], layout: Any) -> Any:  # noqa: ARG002
+    def reinterpret(self, dtype: Dtype, shape: list[int], layout: Any) -> Any:
         return LinesOfTile(self.data, dtype, shape)
 
 

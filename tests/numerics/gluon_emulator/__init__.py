@@ -15,6 +15,7 @@ Layouts mean nothing here: Gluon's compiler checks those, and orders the threads
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 import types
@@ -157,7 +158,7 @@ def _language() -> dict[str, Any]:
         "fma": fma,
         "abs": elementwise(abs, torch.abs),
         "exp2": elementwise(lambda value: 2.0**value, torch.exp2),
-        "log2": elementwise(None, torch.log2),  # type: ignore[arg-type]
+        "log2": elementwise(math.log2, torch.log2),
         "sum": reduced("sum"),
         "max": reduced("max"),
         "arange": lambda begin, end, layout=None: Registers(torch.arange(begin, end, dtype=torch.int32), layout),
@@ -171,8 +172,7 @@ def _language() -> dict[str, Any]:
 
 def _module(name: str, **contents: Any) -> types.ModuleType:
     module = types.ModuleType(name)
-    module.__path__ = []  # type: ignore[attr-defined]
-    module.__dict__.update(contents)
+    module.__dict__.update(contents, __path__=[])
     sys.modules[name] = module
     parent, _, own = name.rpartition(".")
     if parent:

@@ -49,6 +49,9 @@ class Int(int):
     def to(self, dtype: Dtype) -> Any:
         return Float(self) if dtype.torch.is_floating_point else self
 
+    def __neg__(self) -> Int:
+        return Int(-int(self))
+
     @staticmethod
     def operator(name: str) -> Callable[[Any, Any], Any]:
         of_int = getattr(int, name)
@@ -70,7 +73,6 @@ class Int(int):
 for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"):
     for _prefix in ("", "r"):
         setattr(Int, f"__{_prefix}{_name}__", Int.operator(f"__{_prefix}{_name}__"))
-Int.__neg__ = lambda self: Int(-int(self))  # type: ignore[method-assign]
 
 
 def as_scalar(value: Any) -> Any:

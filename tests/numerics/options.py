@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "narrower values": {"head_dim": 40, "head_dim_v": 3},
     "head_dim 100": {"head_dim": 100, "head_dim_v": 100},
     "head_dim 1": {"head_dim": 1, "head_dim_v": 1},
+    "rows of one number": {"head_dim": 1, "head_dim_v": 1, "heads_kv": 1, "heads_per_kv": 1},
     "strides": {"strides_q": "every_other", "strides_k": "heads_first", "strides_v": "shared_heads"},
     "strides of d_out": {"strides_d_out": "heads_first"},
     "one query": {"lengths_q": (1, 1), "heads_per_kv": 4, "causal": True},

@@ -94,6 +94,16 @@ def test_real_tiles_with_every_option(name: str, head_dim: int) -> None:
         check(TRITON, replace(spec, **options), is_small=False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 24, 64])
+@pytest.mark.parametrize("name", ["strides_q", "strides_k", "strides_v", "strides_d_out"])
+def test_columns_that_are_apart(name: str, head_dim: int) -> None:
+    """With those of k apart, and head_dim 17 to 32, ptxas once compiled a forward that read what is not there."""
+    spec = replace(PLAIN, lengths_q=(70,), lengths_kv=(90,), dtype=torch.bfloat16, scale=0.3)
+    with torch.device("cuda"):
+        check(TRITON, replace(spec, head_dim=head_dim, head_dim_v=head_dim, **{name: "every_other"}))
+
+
 @pytest.mark.skipif(HAS_GPU, reason="on a GPU test_real_tiles_at_real_sizes runs them")
 def test_the_interpreter_ran() -> None:
     """That the kernels under test are those that ship, interpreted, and not a skip in disguise."""

@@ -70,8 +70,8 @@ def numbers_descriptor(numbers: Tensor, rows: int) -> TensorDescriptor:
 @lru_cache(maxsize=1024)
 def _can_be_addressed(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> bool:
     unit = ALIGNMENT_BYTES // dtype.itemsize
-    of_axes = [stride for size, stride in zip(shape, strides, strict=True) if size > 1]
-    return strides[-1] == 1 and all(stride and stride % unit == 0 for stride in of_axes if stride != 1)
+    of_axes = [stride for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1]
+    return strides[-1] == 1 and all(stride and stride % unit == 0 for stride in of_axes)
 
 
 @lru_cache(maxsize=1024)

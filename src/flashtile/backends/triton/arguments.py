@@ -90,6 +90,15 @@ def token_matrix(tensor: Tensor) -> Matrix:
     return Matrix(tensor, batch_stride, head_stride, row_stride, tensor.stride(-1))
 
 
+def side_by_side(tensor: Tensor) -> Tensor:
+    """q, k or v itself if its columns lie side by side, else a copy.
+
+    Where those of keys do not and those of values do, the ptxas of CUDA 12.8, which Triton 3.6 brings, makes the
+    address of a product's operand out of a register that nothing has written.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def pair_matrix(tensor: Tensor, problem: AttentionProblem) -> PairMatrix:
     """A bias or mask that broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]."""
     view = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor

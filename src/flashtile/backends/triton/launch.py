@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,8 @@ def forward_again(
 ) -> tuple[tuple[Tensor, Tensor], Callable[..., tuple[Tensor, Tensor]] | None]:
     """``forward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
     results, launch = _forward(problem, operands, plan)
+    if _side_by_side(operands) is not operands:
+        launch = None
     make_results = partial(_results, problem, operands.q.device)
     return results, shortest(launch, operands, make_results, lambda operands: forward(problem, operands, plan))
 
@@ -50,6 +53,7 @@ def _forward(
     problem: AttentionProblem, operands: Operands, plan: Plan
 ) -> tuple[tuple[Tensor, Tensor], Relaunch | None]:
     """(out, lse), and what launches the same with other tensors."""
+    operands = _side_by_side(operands)
     out, lse = _results(problem, operands.q.device)
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
@@ -85,6 +89,7 @@ def backward(
     problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
 ) -> Gradients:
     wanted = problem.gradients
+    operands = _side_by_side(operands)
     if d_out is None:
         d_out = saved.out.new_zeros(()).expand(saved.out.shape)
     kernels = {kernel.kernel: kernel for kernel in (plan.backward, *plan.backward.companions)}
@@ -230,6 +235,12 @@ def _launch(
         BLOCK_KV=tiles.block_kv,
         **constants,
     )
+
+
+def _side_by_side(operands: Operands) -> Operands:
+    q, k, v = (arguments.side_by_side(tensor) for tensor in (operands.q, operands.k, operands.v))
+    is_ready = q is operands.q and k is operands.k and v is operands.v
+    return operands if is_ready else replace(operands, q=q, k=k, v=v)
 
 
 def _qkv(operands: Operands) -> tuple[Matrix, Matrix, Matrix]:

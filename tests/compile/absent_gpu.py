@@ -60,7 +60,31 @@ def needs(kernel: Any) -> dict[str, int]:
     usage = cuobjdump(kernel, "--dump-resource-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
+    unwritten = reads_of_nothing(cuobjdump(kernel, "--dump-sass"))
+    assert not unwritten, f"ptxas reads uniform registers that nothing has written: {unwritten}"
     return found | {"registers": int(match[1]), "spills": int(match[2])}
+
+
+def reads_of_nothing(sass: str) -> list[str]:
+    """Instructions whose uniform registers no instruction above them has written.
+
+    The operands of asynchronous products are described in such registers, in fours of which two may be left out.
+    """
+    written: set[str] = set()
+    found = []
+    for name, operands in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9.]+)\s*([^;]*);", sass):
+        places = [place.strip() for place in operands.split(",")]
+        while places and re.fullmatch(r"U?P(\d|T)", places[0]):  # a predicate is written too
+            places.pop(0)
+        result = re.fullmatch(r"UR(\d+)", places[0]) if places else None
+        is_written = result is not None and re.match(r"U|R2UR|S2UR|VOTEU|REDUX|CREDUX", name)
+        sources = places[1:] if is_written else places
+        if "gdesc" not in operands and not written.issuperset(re.findall(r"\bUR\d+", " ".join(sources))):
+            found.append(f"{name} {operands}")
+        if result is not None and is_written:
+            words = 2 if ".64" in name or ".WIDE" in name else 1
+            written |= {f"UR{int(result[1]) + word}" for word in range(words)}
+    return found
 
 
 def cuobjdump(kernel: Any, option: str) -> str:

@@ -169,6 +169,14 @@ def ptxas_report(log: str) -> dict[str, Any]:
     return {"spills": max(spilled), "warnings": sorted(set(re.findall(r"C75\d\d", log)))}
 
 
+def unused_barriers(ttgir: str) -> list[str]:
+    """Barriers that no partition knows, whose memory the compiler has given away; see ``channel.make_barriers``."""
+    made = re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<\d+x1xi64", ttgir)
+    called = re.search(r"ttg\.warp_specialize\(([^)]*)\)", ttgir)
+    known = called[1].split(", ") if called else made
+    return [barriers for barriers in made if barriers not in known]
+
+
 def products(sass: str) -> dict[str, int]:
     """Instructions of asynchronous products (HGMMA.64x128x16), and the multiplications that each does once, in all."""
     sizes = re.findall(r"HGMMA\.(\d+)x(\d+)x(\d+)", sass)
@@ -193,6 +201,7 @@ def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[di
             "seconds": found.seconds,
             "relaunch": found.can_be_relaunched,
             **needs(found.kernel),
+            "unused_barriers": unused_barriers(found.kernel.asm["ttgir"]),
             **ptxas_report(found.log),
             **products(cuobjdump(found.kernel, "-sass")),
         }

@@ -55,6 +55,7 @@ def compile_all(
     print(table)
     for row in found:
         assert row["relaunch"], f"parameters that are not known: {row}"
+        assert not row["unused_barriers"], f"memory of barriers that is given away in {row}"
         assert not row["warnings"], f"ptxas serialises the asynchronous products of {row}"
         of_k, of_v = PRODUCTS.get(row["kernel"], (0, 0))
         columns = of_k * row["width"] + of_v * row["width_v"]

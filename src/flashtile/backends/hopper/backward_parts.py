@@ -67,15 +67,15 @@ class Work(NamedTuple):
 class Channels(NamedTuple):
     """What lies in shared memory: K and V [parts, 64, columns], and the streams of Q and d_out.
 
-    The two numbers of each query row come with the tiles of Q and d_out. The barriers ``kv_clean`` and ``clean``
-    are those of ``clean``.
+    The two numbers of each query row come with the tiles of Q and d_out. The barriers ``kv_clean`` and
+    ``rows_clean`` are those of ``clean``, ``None`` where it has nothing to do.
     """
 
     k: Any
     v: Any
     kv_ready: Any
     kv_clean: Any
-    clean: Any
+    rows_clean: Any
     q: Any
     d_out: Any
     lse_log2: Any
@@ -168,8 +168,8 @@ def wait_for_keys(call, channels):
 def wait_for_rows(call, channels, step):
     """Until the tiles of Q and d_out of a step, which have arrived, hold nothing behind the end of their sequence."""
     if call.sequences.cu_seqlens_kv is not None:
-        num_slots: gl.constexpr = channels.clean.shape[0]
-        mbarrier.wait(channels.clean.index(step % num_slots), step // num_slots & 1)
+        num_slots: gl.constexpr = channels.rows_clean.shape[0]
+        mbarrier.wait(channels.rows_clean.index(step % num_slots), step // num_slots & 1)
 
 
 @jit
@@ -191,7 +191,7 @@ def clean(call, channels):
             num_rows = work.sequence.seqlen_q - tile_idx * ROWS
             zero_rows_from(q, num_rows, 1)
             zero_rows_from(d_out, num_rows, 1)
-            mbarrier.arrive(channels.clean.index(step % channels.clean.shape[0]), count=1)
+            mbarrier.arrive(channels.rows_clean.index(step % channels.rows_clean.shape[0]), count=1)
             release(channels.q, step)
             release(channels.d_out, step)
 

@@ -24,7 +24,12 @@ class Channel(NamedTuple):
 
 @jit
 def make_barriers(NUM_SLOTS: gl.constexpr, NUM_ARRIVALS: gl.constexpr):
-    """One barrier for each slot; a phase ends with the last of NUM_ARRIVALS."""
+    """One barrier for each slot; a phase ends with the last of NUM_ARRIVALS.
+
+    Make only those that a partition uses: the compiler gives the memory of others to tiles. To the GPU it stays a
+    barrier until ``mbarrier.inval`` (PTX ISA), and when another process gets the GPU for a while, 8 bytes of a barrier
+    come to lie in the tile.
+    """
     barriers = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in static_range(NUM_SLOTS):
         mbarrier.init(barriers.index(slot), count=NUM_ARRIVALS)

@@ -85,16 +85,15 @@ def attention_backward_wide(
     BLOCK_D: gl.constexpr = q_desc.block_shape[3]
     BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
-    IS_PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
-    NUM_READERS: gl.constexpr = num_readers(IS_PACKED)
+    NUM_READERS: gl.constexpr = num_readers(sequences.cu_seqlens_q is not None)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
     channels = Channels(
         gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_D], k_layout),
         gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_DV], v_layout),
         make_barriers(1, 1),
-        make_barriers(1, 1) if IS_PACKED else None,
-        make_barriers(NUM_STAGES, 1) if IS_PACKED else None,
+        make_barriers(1, 1) if sequences.cu_seqlens_q is not None else None,
+        make_barriers(NUM_STAGES, 1) if sequences.cu_seqlens_q is not None else None,
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_DV, NUM_READERS),
         gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, ROWS], lse_log2_desc.layout),

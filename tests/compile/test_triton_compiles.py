@@ -15,6 +15,8 @@ from flashtile.backends.triton.tiles import FAMILIES, KERNELS
 
 MOST_SPILLED_BY_THE_NEWEST = 320
 """Bytes, of the dK/dV kernels that Triton 3.9 was timed with too: rows that spill less were slower (docs/triton.md)."""
+MOST_SPILLED_BY_ODD_HEADS = 1024
+"""Bytes, of kernels that have to address every element on its own."""
 COLUMNS = {"dtype": 16, "width": 6, "column": 32, "registers": 10, "spills": 8, "shared": 9}
 
 
@@ -44,6 +46,12 @@ def test_every_row_fits(family: str, kernel: str, tmp_path: Path) -> None:
 def test_every_subset_of_the_options(tmp_path: Path) -> None:
     """Triton 3.6 forgot compile-time numbers of some options where others were missing; the interpreter does not."""
     print(compile_all("sm_90", "mixes", "0", None, tmp_path))
+
+
+def test_heads_of_odd_sizes(tmp_path: Path) -> None:
+    """What cannot be copied ahead is stored where it is used: the way on which ptxas once forgot an address."""
+    found = variants("triton_variants.py", "sm_90", "odd heads", "0", cache=tmp_path)
+    check_memory(found, as_table(found, COLUMNS), most_shared=FAMILIES["sm_90"], most_spilled=MOST_SPILLED_BY_ODD_HEADS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

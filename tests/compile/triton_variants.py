@@ -134,10 +134,20 @@ def mixes(family: str) -> Iterator[dict[str, Any]]:
             yield {"dtype": str(dtype), "width": width, "column": "+".join(names), **found}
 
 
+def odd_heads(family: str) -> Iterator[dict[str, Any]]:
+    """Heads whose rows begin at no multiples of 16 bytes, which no kernel can copy ahead."""
+    for width, kernel in itertools.product((9, 23, 50, 99), ("forward", "backward_kv", "backward_q")):
+        found = needs(compiled(family, kernel, 0, width, torch.bfloat16))
+        yield {"dtype": "torch.bfloat16", "width": width, "column": kernel, **found}
+
+
 def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """What the rows of the family's table need, special rows too; or every mix of options, or all kernels packed."""
+    """What the rows of the family's table need, special rows too; or another set of variants, by its name."""
     if kernel == "mixes":
         yield from mixes(family)
+        return
+    if kernel == "odd heads":
+        yield from odd_heads(family)
         return
     if kernel == "packed":
         for dtype in (torch.bfloat16, torch.float32):

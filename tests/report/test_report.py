@@ -320,7 +320,7 @@ def test_several_runs_make_one_page_gpus_first_models_before_kernels(tmp_path: P
     assert titles == [
         "In short",
         "Whole transformers on A GPU",
-        "Attention kernels on A GPU",
+        "Attention kernels on A GPU: triton",
         "Memory traffic on A GPU",
         "Memory traffic on A CPU",
     ]

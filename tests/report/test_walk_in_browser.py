@@ -101,7 +101,8 @@ def test_the_mask_begins_a_walk_of_its_own(document: str, open_page: OpenPage) -
 
 def test_play_walks_to_the_end_and_pauses(document: str, open_page: OpenPage) -> None:
     page = open_page(document)
-    page.clock.install()
+    page.clock.install(time=0)
+    page.clock.pause_at(1)
     now = press(page, "play")
     assert now["position"] == 1 and now["playing"]
     assert page.get_attribute("#walk .walk-caption", "aria-live") == "off"

@@ -19,6 +19,7 @@ from flashtile.bench.summary import (
     rivals,
     speedups,
     three_digits,
+    where_and_by_whom,
     where_slower,
 )
 
@@ -65,7 +66,7 @@ def _run(name: str, results: KernelResults, has_picture: bool) -> str:
     timed = rivals(results)
     known = {peer: ratios for peer in timed if (ratios := speedups(results, peer))}
     parts = [
-        f"## {_escaped(results.environment.device_name)}",
+        f"## {_escaped(where_and_by_whom(results))}",
         _conditions(name, results),
         *([f"![Speed over the sequence length, from {name}]({picture_of(name)})"] if has_picture else []),
         "### Where flashtile is slower",
@@ -84,13 +85,11 @@ def _conditions(name: str, results: KernelResults) -> str:
     environment, ceilings = results.environment, results.ceilings
     commit = "no known commit" if environment.commit is None else f"commit {environment.commit[:12]}"
     products = [f"{three_digits(rate)} TFLOP/s in {dtype}" for dtype, rate in ceilings.matmul_tflops.items()]
-    backends = sorted({row.kernel.split("/")[0] for row in results.rows if row.kernel is not None})
     lines = [
         f"Result: [{name}](../benchmarks/results/{name}), {results.created_utc[:10]}, {commit}"
         + (" with changes on top" if environment.commit_is_dirty else "")
         + ("." if results.is_complete else "; the run was interrupted, and only its finished cases are here."),
         "Software: " + ", ".join(f"{part} {version}" for part, version in environment.versions.items()) + ".",
-        *([f"Backends that ran flashtile's rows: {listed(backends)}."] if backends else []),
         f"Ceilings in the same run: matrix product {listed(products)}; copy {three_digits(ceilings.copy_gb_per_s)} "
         f"GB/s. About {results.budget_s:g} s for each case; {environment.num_threads} host threads.",
         *(f"Option {_escaped(line)}" for line in options_used(results)),

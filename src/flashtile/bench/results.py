@@ -78,6 +78,11 @@ class KernelResults(Document):
     """Peers that take none of the cases on this machine, with the reason; they have no rows."""
     rows: tuple[KernelRow, ...]
 
+    @property
+    def backends(self) -> list[str]:
+        """Those that ran flashtile's rows."""
+        return sorted({row.kernel.split("/")[0] for row in self.rows if row.kernel is not None})
+
 
 # --- bench models -----------------------------------------------------------------------------------------------------
 

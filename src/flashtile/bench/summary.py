@@ -191,6 +191,11 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
+def where_and_by_whom(results: KernelResults) -> str:
+    """``NVIDIA H200: hopper and triton``, the device and the backends that ran flashtile's rows."""
+    return ": ".join(filter(None, (results.environment.device_name, listed(results.backends))))
+
+
 def times(ratio: float) -> str:
     """``2.8x``, ``254x``."""
     return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x"

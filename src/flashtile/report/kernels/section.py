@@ -54,7 +54,7 @@ def section(source: str, anchor: str, results: KernelResults) -> Section:
     compared = tuple(Point(term=peer_title(peer), text=summary.where_slower(of)) for peer, of in run.known.items())
     return Section(
         anchor=anchor,
-        title=f"Attention kernels on {results.environment.device_name}",
+        title=f"Attention kernels on {summary.where_and_by_whom(results)}",
         origin=provenance.origin(source, results.environment, results.created_utc),
         summary=_summary(run),
         lead=_lead(run),

@@ -68,7 +68,8 @@ def needs(kernel: Any) -> dict[str, int]:
 def reads_of_nothing(sass: str) -> list[str]:
     """Instructions whose uniform registers no instruction above them has written.
 
-    The operands of asynchronous products are described in such registers, in fours of which two may be left out.
+    The operands of asynchronous products are described in four such registers in a row. The first two are left out
+    where the left operand lies in registers, so they are not looked at.
     """
     written: set[str] = set()
     found = []
@@ -79,7 +80,11 @@ def reads_of_nothing(sass: str) -> list[str]:
         result = re.fullmatch(r"UR(\d+)", places[0]) if places else None
         is_written = result is not None and re.match(r"U|R2UR|S2UR|VOTEU|REDUX|CREDUX", name)
         sources = places[1:] if is_written else places
-        if "gdesc" not in operands and not written.issuperset(re.findall(r"\bUR\d+", " ".join(sources))):
+        described = re.search(r"gdesc\[UR(\d+)\]", operands)
+        read = re.findall(r"\bUR\d+", " ".join(sources))
+        if described is not None:
+            read = [f"UR{int(described[1]) + word}" for word in (2, 3)]
+        if not written.issuperset(read):
             found.append(f"{name} {operands}")
         if result is not None and is_written:
             words = 2 if ".64" in name or ".WIDE" in name else 1

@@ -73,6 +73,16 @@ def packed() -> Iterator[CallSpec]:
         yield replace(spec, has_sinks=True, window=(70, 10), strides_k="sliced")
 
 
+def one_query() -> Iterator[CallSpec]:
+    """Heads that share K and V as rows of a tile: views of q and of the output."""
+    for head_dim, heads_per_kv in ((64, 2), (128, 5), (40, 130), (256, 4), (33, 3)):
+        spec = wide(head_dim, lengths_q=(1, 1), lengths_kv=(200, 200), heads_per_kv=heads_per_kv)
+        yield spec
+        yield replace(spec, causal=True, strides_q="heads_first", lengths_kv=(65, 65))
+        yield replace(spec, heads_kv=1, softcap=3.0, strides_q="every_other")
+        yield replace(spec, lengths_q=(1,), lengths_kv=(390,), has_sinks=True)
+
+
 def huge() -> Iterator[CallSpec]:
     """Maxima that grow from tile to tile."""
     for head_dim in (64, 128, 256):
@@ -99,12 +109,14 @@ def gradients() -> Iterator[CallSpec]:
         yield replace(spec, window=(70, 10), softcap=0.0 if head_dim > 128 else 5.0, alibi="per head")
         lengths_q, lengths_kv = (65, 0, 1, 130), (128, 64, 0, 70)
         yield replace(spec, lengths_q=lengths_q, lengths_kv=lengths_kv, is_packed=True, unused_rows=9, causal=True)
+        yield replace(spec, lengths_q=(1,), heads_kv=2, heads_per_kv=3)
 
 
 SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "edges": edges,
     "turns": turns,
     "packed": packed,
+    "one query": one_query,
     "huge": huge,
     "mixes": mixes,
     "gradients": gradients,

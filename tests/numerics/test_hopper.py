@@ -96,6 +96,17 @@ def test_edges_of_every_tile(width: int, is_causal: bool) -> None:
                 check(HOPPER, wide(width, lengths_q=(seqlen_q,), lengths_kv=(seqlen_kv,), causal=is_causal))
 
 
+@pytest.mark.parametrize("head_dim", [40, *WIDTHS])
+@pytest.mark.parametrize("heads_per_kv", [2, 7, 64, 130])
+def test_one_query_of_heads_that_share_keys(heads_per_kv: int, head_dim: int) -> None:
+    """They are rows of one tile, as long as nothing tells them apart."""
+    spec = wide(head_dim, lengths_q=(1, 1), lengths_kv=(1000, 1000), heads_per_kv=heads_per_kv)
+    check(HOPPER, spec)
+    check(HOPPER, replace(spec, causal=True, strides_q="heads_first", dtype=torch.float16))
+    check(HOPPER, replace(spec, heads_kv=1, strides_q="every_other", strides_k="heads_first", lengths_kv=(77, 77)))
+    check(HOPPER, replace(spec, has_sinks=True, alibi="per head"))
+
+
 @pytest.mark.parametrize("head_dim", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_lengths_around_tiles(causal: bool, head_dim: int) -> None:

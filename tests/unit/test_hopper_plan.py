@@ -201,7 +201,7 @@ def test_tiles_of_queries_are_whole_consumers(tiles: plan.ForwardTiles) -> None:
     assert tiles.num_consumers * constants.ROWS == tiles.block_q
     block = tiles.block_q
     for seqlen, expected in ((1, 1), (block - 1, 1), (block, 1), (block + 1, 2), (7 * block + 1, 8)):
-        assert plan.num_q_tiles(posed(seqlen_q=seqlen), tiles) == expected
+        assert plan.num_shares(posed(seqlen_q=seqlen, batch=3), tiles) == expected * 8 * 3
 
 
 @pytest.mark.parametrize("seqlen_kv", [1, 64, 65, 128, 129, 5000])
@@ -219,8 +219,37 @@ def test_the_backward_has_a_program_for_each_tile_of_keys(head_dim: int, seqlen_
 def test_the_forward_never_has_more_programs_than_shares_or_multiprocessors(batch: int, seqlen: int) -> None:
     problem = posed(batch=batch, seqlen_q=seqlen)
     kernel = plan.plan(problem, H200).forward
-    num_shares = plan.num_q_tiles(problem, kernel.tiles) * 8 * batch
+    num_shares = -(-seqlen // kernel.tiles.block_q) * 8 * batch
     assert 1 <= kernel.grid[0] <= min(num_shares, H200.num_sms)
+
+
+@pytest.mark.parametrize("heads_per_kv", [2, 8, 200])
+@pytest.mark.parametrize("changes", [{}, {"causal": True}, {"softcap": 3.0, "with_lse": True}], ids=str)
+def test_for_one_query_heads_that_share_keys_are_rows(changes: dict[str, Any], heads_per_kv: int) -> None:
+    problem = posed(batch=3, heads_q=4 * heads_per_kv, heads_kv=4, seqlen_q=1, seqlen_kv=5000, **changes)
+    computed = plan.forward_problem(problem)
+    sizes = (computed.batch, computed.seqlen_q, computed.heads_q, computed.heads_kv, computed.heads_per_kv)
+    assert sizes == (3, heads_per_kv, 4, 4, 1)
+    kernel = plan.plan(problem, H200).forward
+    assert kernel.grid == (-(-heads_per_kv // kernel.tiles.block_q) * 4 * 3,)
+    assert f"{heads_per_kv} heads that share K and V are rows" in kernel.reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seqlen_q": 2},
+        {"heads_kv": 8},
+        {"has_alibi": True},
+        {"has_sinks": True},
+        {"window": (100, None)},
+    ],
+    ids=str,
+)
+def test_what_tells_heads_or_positions_apart_is_computed_as_it_is(changes: dict[str, Any]) -> None:
+    problem = posed(**{"seqlen_q": 1, "seqlen_kv": 500, "heads_kv": 2, **changes})
+    assert plan.forward_problem(problem) is problem
+    assert "rows of a tile" not in plan.plan(problem, H200).forward.reason
 
 
 @pytest.mark.parametrize("tiles", plan._BACKWARD.values(), ids=str)

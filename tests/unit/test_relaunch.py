@@ -67,16 +67,22 @@ class Driver:
 
     def __init__(self) -> None:
         self.errors: dict[str, int] = {}
+        self.addresses_in_a_map = 1
+        self.num_moves = 0
         self.launches: list[tuple[bytes, list[Any], int]] = []
 
     def encode(self, at: Any, dtype: int, rank: int, address: Any, *_: Any) -> int:
         ctypes.memmove(at.value, struct.pack("<Qii112x", address.value, dtype, rank), 128)
+        if self.addresses_in_a_map == 2:
+            ctypes.memmove(at.value + 64, struct.pack("<Q", address.value), 8)
         return 0
 
     def move(self, at: int, address: int) -> int:
         if error := self.errors.pop("map", 0):
             return error
-        ctypes.memmove(at, struct.pack("<Q", address), 8)
+        for place in (at, at + 64):
+            ctypes.memmove(place, struct.pack("<Q", address), 8)
+        self.num_moves += 1
         return 0
 
     def launch(self, config: int, function: int, parameters: int, extra: None) -> int:
@@ -163,7 +169,10 @@ def test_the_launch_has_its_grid_threads_memory_and_stream(driver: Driver) -> No
     assert function == 0xF00D
 
 
-def test_only_addresses_change(driver: Driver) -> None:
+@pytest.mark.parametrize("addresses_in_a_map", [1, 2])
+def test_only_addresses_change(driver: Driver, addresses_in_a_map: int) -> None:
+    """An address that is one word of a descriptor is written there; the driver changes another form of descriptor."""
+    driver.addresses_in_a_map = addresses_in_a_map
     launch = made(torch.zeros(8, 4), torch.zeros(5))
     assert launch is not None
     for _ in range(3):
@@ -171,7 +180,9 @@ def test_only_addresses_change(driver: Driver) -> None:
         launch((one, other))
         tensor_map, *numbers = parameters(driver)
         assert struct.unpack("<Q", tensor_map[:8]) == (one.data_ptr(),)
+        assert struct.unpack("<Q", tensor_map[64:72]) == (one.data_ptr() if addresses_in_a_map == 2 else 0,)
         assert numbers == [8, 4, 4, 1, one.data_ptr(), 5, other.data_ptr(), 0.25, 0, 0]
+    assert driver.num_moves == (0 if addresses_in_a_map == 1 else 3)
 
 
 def test_a_tensor_that_came_twice_may_come_as_two(driver: Driver) -> None:
@@ -220,6 +231,7 @@ def test_an_error_of_the_driver_is_told(driver: Driver, monkeypatch: pytest.Monk
 def test_a_thread_without_a_context_gets_one(driver: Driver, monkeypatch: pytest.MonkeyPatch, fails_at: str) -> None:
     used: list[int] = []
     monkeypatch.setattr(relaunch, "_use_cuda", used.append)
+    driver.addresses_in_a_map = 2
     tensors = torch.zeros(8, 4), torch.zeros(5)
     launch = made(*tensors)
     assert launch is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from flashtile.backends.gpu import COMPILER_OPTIONS, garbage_kept
 from flashtile.backends.relaunch import Relaunch
 from flashtile.spec.operands import FIELDS, Operands, tensors_of
+from flashtile.spec.problem import AttentionProblem
 
 MOST_FORMS = 4096
 ALIGNMENT_BYTES = 16
@@ -88,6 +90,23 @@ def _form(tensor: Tensor | None) -> Hashable:
 def operands_of(tensors: tuple[Any, ...]) -> tuple[Operands, Tensors]:
     """The call whose tensors come first, as ``tensors_of`` gives them, and the other tensors."""
     return Operands.of(tensors[: len(FIELDS)]), tensors[len(FIELDS) :]
+
+
+@lru_cache(maxsize=MOST_FORMS)
+def result_maker(problem: AttentionProblem, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Makes out and lse, contiguous and not filled; ``torch.empty`` would look for their strides each time."""
+    dtype = problem.dtype
+    (out_shape, out_strides), (lse_shape, lse_strides) = (
+        (shape, torch.empty(shape, device="meta").stride()) for shape in (problem.out_shape, problem.lse_shape)
+    )
+
+    def make() -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty_strided(out_shape, out_strides, dtype=dtype, device=device),
+            torch.empty_strided(lse_shape, lse_strides, dtype=torch.float32, device=device),
+        )
+
+    return make
 
 
 def shortest(

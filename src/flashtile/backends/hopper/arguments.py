@@ -67,6 +67,11 @@ def numbers_descriptor(numbers: Tensor, rows: int) -> TensorDescriptor:
     return _described(numbers, _numbers(numbers.shape, rows))
 
 
+def heads_as_rows(tensor: Tensor, heads_per_kv: int) -> Tensor:
+    """[batch, 1, heads, columns] as [batch, heads_per_kv, heads_kv, columns], in the same memory."""
+    return tensor.squeeze(1).unflatten(1, (-1, heads_per_kv)).transpose(1, 2)
+
+
 @lru_cache(maxsize=1024)
 def _can_be_addressed(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> bool:
     unit = ALIGNMENT_BYTES // dtype.itemsize

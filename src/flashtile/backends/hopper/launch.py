@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -23,15 +24,16 @@ from flashtile.backends.hopper.forward import attention_forward
 from flashtile.backends.hopper.plan import (
     BackwardTiles,
     ForwardTiles,
+    forward_problem,
     heads_per_group,
     heads_together,
     num_q_slots,
-    num_q_tiles,
+    num_shares,
     out_columns,
     widths,
 )
 from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
-from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, operands_of, shortest
+from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, operands_of, result_maker, shortest
 from flashtile.backends.relaunch import Relaunch
 from flashtile.spec import devices
 from flashtile.spec.operands import Operands, tensors_of
@@ -67,8 +69,6 @@ def forward_again(
 ) -> tuple[tuple[Tensor, Tensor], Callable[..., tuple[Tensor, Tensor]] | None]:
     """``forward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
     results, launch = _forward(problem, operands, plan)
-    if any(tma_ready(tensor) is not tensor for tensor in (operands.q, operands.k, operands.v)):
-        launch = None
     make_results = _results_of(problem, plan, operands.q.device)
     return results, shortest(launch, operands, make_results, lambda operands: forward(problem, operands, plan))
 
@@ -76,20 +76,34 @@ def forward_again(
 def _forward(
     problem: AttentionProblem, operands: Operands, plan: Plan
 ) -> tuple[tuple[Tensor, Tensor], Relaunch | None]:
-    """(out, lse), and what launches the same with other tensors."""
-    tiles = plan.forward.tiles
-    assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
-    operands = replace(operands, q=tma_ready(operands.q), k=tma_ready(operands.k), v=tma_ready(operands.v))
+    """(out, lse), and what launches the same with other tensors, unless those have to be copied first."""
     out, lse, counter = _results_of(problem, plan, operands.q.device)()
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
+    computed = forward_problem(problem)
+    q, rows = operands.q, out
+    if computed is not problem:
+        q, rows = (arguments.heads_as_rows(tensor, problem.heads_per_kv) for tensor in (q, out))
+    ready = [tma_ready(tensor) for tensor in (q, operands.k, operands.v)]
+    is_copied = any(map(operator.is_not, ready, (q, operands.k, operands.v)))
+    operands = replace(operands, **dict(zip("qkv", ready, strict=True)))
+    launch = _launch_forward(computed, operands, rows, lse.view(computed.lse_shape), counter, plan)
+    return (out, lse), None if is_copied else launch
+
+
+def _launch_forward(
+    computed: AttentionProblem, operands: Operands, out: Tensor, lse: Tensor, counter: Tensor, plan: Plan
+) -> Relaunch | None:
+    """Fills ``out`` and ``lse``; returns what launches the same with other tensors."""
+    tiles = plan.forward.tiles
+    assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
         operands, results = operands_of(tensors)
         out, lse, counter = results
-        width, width_v = widths(problem)
-        columns = out_columns(problem)
+        width, width_v = widths(computed)
+        columns = out_columns(computed)
         return (
             arguments.descriptor(operands.q, ROWS, width),
             arguments.descriptor(operands.k, tiles.block_kv, width),
@@ -99,34 +113,33 @@ def _forward(
             lse,
             lse.shape[-1],
             operands.sinks,
-            arguments.score_rules(problem, operands),
+            arguments.score_rules(computed, operands),
             Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
-            Heads(problem.heads_q, problem.heads_per_kv),
-            problem.batch,
-            heads_per_group(problem, devices.detect(out.device)),
+            Heads(computed.heads_q, computed.heads_per_kv),
+            computed.batch,
+            heads_per_group(computed, devices.detect(out.device)),
             counter,
-            problem.seqlen_q,
-            problem.seqlen_kv,
+            computed.seqlen_q,
+            computed.seqlen_kv,
         )
 
     consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
     with device_of(operands.q):
-        launch = _FORWARD(
-            (problem, tiles),
+        return _FORWARD(
+            (computed, tiles),
             plan.forward.grid,
             (*tensors_of(operands), out, lse, counter),
             kernel_arguments,
             num_warps=4,
-            HEAD_DIM_V=problem.head_dim_v,
+            HEAD_DIM_V=computed.head_dim_v,
             BLOCK_KV=tiles.block_kv,
             NUM_CONSUMERS=tiles.num_consumers,
-            NUM_Q_SLOTS=num_q_slots(problem),
+            NUM_Q_SLOTS=num_q_slots(computed),
             NUM_STAGES=tiles.num_stages,
             IN_TURN=tiles.is_in_turn,
             CONSUMER_REGISTERS=consumer_registers,
             LOADER_REGISTERS=loader_registers,
         )
-    return (out, lse), launch
 
 
 @lru_cache(maxsize=MOST_FORMS)
@@ -139,16 +152,12 @@ def _results_of(
     """
     tiles = plan.forward.tiles
     assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
-    num_shares = num_q_tiles(problem, tiles) * problem.heads_q * problem.batch
-    unread = None if num_shares > plan.forward.grid[0] else _unread_counter(device)
-    out_shape, lse_shape, dtype = problem.out_shape, problem.lse_shape, problem.dtype
+    is_read = num_shares(forward_problem(problem), tiles) > plan.forward.grid[0]
+    unread = None if is_read else _unread_counter(device)
+    make_two = result_maker(problem, device)
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            torch.empty(out_shape, dtype=dtype, device=device),
-            torch.empty(lse_shape, dtype=torch.float32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device) if unread is None else unread,
-        )
+        return (*make_two(), torch.zeros(1, dtype=torch.int32, device=device) if unread is None else unread)
 
     return make
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -113,15 +113,35 @@ def widths(problem: AttentionProblem) -> tuple[int, int]:
     return width, width_v
 
 
+def forward_problem(problem: AttentionProblem) -> AttentionProblem:
+    """What the forward computes: for a single query, heads that share K and V are so many queries of one head.
+
+    So K and V are read once for a group, and not once for each of its heads. Not with what tells heads or positions
+    apart.
+    """
+    tells_apart = problem.has_alibi or problem.has_sinks or not problem.mask.is_unlimited
+    if problem.layout == "varlen" or problem.seqlen_q != 1 or problem.heads_per_kv == 1 or tells_apart:
+        return problem
+    return replace(
+        problem,
+        seqlen_q=problem.heads_per_kv,
+        tokens_q=problem.batch * problem.heads_per_kv,
+        heads_q=problem.heads_kv,
+    )
+
+
 def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
-    tiles = _forward_tiles(problem)
-    num_shares = num_q_tiles(problem, tiles) * problem.heads_q * problem.batch
+    computed = forward_problem(problem)
+    tiles = _forward_tiles(computed)
+    reason = f"{tiles.num_consumers} warpgroups of {ROWS} rows, {tiles.num_stages} stages"
+    if computed is not problem:
+        reason += f"; {problem.heads_per_kv} heads that share K and V are rows of a tile"
     return KernelPlan(
         kernel="forward",
         tiles=tiles,
-        grid=(min(num_shares, device.num_sms),),
-        shared_memory_bytes=forward_shared_memory_bytes(problem, tiles),
-        reason=f"{tiles.num_consumers} warpgroups of {ROWS} rows, {tiles.num_stages} stages",
+        grid=(min(num_shares(computed, tiles), device.num_sms),),
+        shared_memory_bytes=forward_shared_memory_bytes(computed, tiles),
+        reason=reason,
     )
 
 
@@ -151,8 +171,9 @@ def backward_kernel(problem: AttentionProblem) -> str:
     return "backward" if width <= 128 else "backward_wide"
 
 
-def num_q_tiles(problem: AttentionProblem, tiles: TileConfig) -> int:
-    return -(-problem.seqlen_q // tiles.block_q)
+def num_shares(computed: AttentionProblem, tiles: ForwardTiles) -> int:
+    """Blocks of queries in all heads, of what ``forward_problem`` says."""
+    return -(-computed.seqlen_q // tiles.block_q) * computed.heads_q * computed.batch
 
 
 def heads_per_group(problem: AttentionProblem, device: DeviceSpec) -> int:

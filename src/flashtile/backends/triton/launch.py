@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
 from flashtile.backends.gpu import Heads, Sequences, device_of
-from flashtile.backends.launcher import KernelLauncher, Tensors, operands_of, shortest
+from flashtile.backends.launcher import KernelLauncher, Tensors, operands_of, result_maker, shortest
 from flashtile.backends.relaunch import Relaunch
 from flashtile.backends.triton import arguments
 from flashtile.backends.triton.arguments import Matrix, Statistics
@@ -43,18 +43,16 @@ def forward_again(
 ) -> tuple[tuple[Tensor, Tensor], Callable[..., tuple[Tensor, Tensor]] | None]:
     """``forward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
     results, launch = _forward(problem, operands, plan)
-    if _side_by_side(operands) is not operands:
-        launch = None
-    make_results = partial(_results, problem, operands.q.device)
+    make_results = result_maker(problem, operands.q.device)
     return results, shortest(launch, operands, make_results, lambda operands: forward(problem, operands, plan))
 
 
 def _forward(
     problem: AttentionProblem, operands: Operands, plan: Plan
 ) -> tuple[tuple[Tensor, Tensor], Relaunch | None]:
-    """(out, lse), and what launches the same with other tensors."""
-    operands = _side_by_side(operands)
-    out, lse = _results(problem, operands.q.device)
+    """(out, lse), and what launches the same with other tensors, unless those have to be copied first."""
+    ready = _side_by_side(operands)
+    out, lse = result_maker(problem, operands.q.device)()
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
@@ -72,17 +70,9 @@ def _forward(
         )
 
     with device_of(operands.q):
-        tensors = (*tensors_of(operands), out, lse)
+        tensors = (*tensors_of(ready), out, lse)
         launch = _launch(_FORWARD, plan.forward, problem, tensors, kernel_arguments, **_dims(problem))
-    return (out, lse), launch
-
-
-def _results(problem: AttentionProblem, device: torch.device) -> tuple[Tensor, Tensor]:
-    """out and lse, not filled."""
-    return (
-        torch.empty(problem.out_shape, dtype=problem.dtype, device=device),
-        torch.empty(problem.lse_shape, dtype=torch.float32, device=device),
-    )
+    return (out, lse), launch if ready is operands else None
 
 
 def backward(

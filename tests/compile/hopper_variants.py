@@ -57,10 +57,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def tables() -> dict[str, CallSpec]:
     """A plain call for each row of the two tile tables."""
     found: dict[str, CallSpec] = {}
-    for (width, is_causal), steps in sorted(plan._FORWARD.items()):
+    for (width, is_causal), forward in sorted(plan._FORWARD.items()):
         spec = replace(PLAIN, head_dim=width, head_dim_v=width, causal=is_causal)
+        backward = plan._BACKWARD[plan.backward_kernel(validated(spec)[0]), is_causal]
         shortest = 2  # to a single query, causal is full
-        for longest, _ in steps:
+        for longest in sorted({longest for longest, _ in (*forward, *backward)}):
             name = f"{width}, {'causal' if is_causal else 'full'}, from {shortest}"
             found[name] = replace(spec, lengths_q=(shortest,), lengths_kv=(shortest,))
             shortest = longest + 1
@@ -78,16 +79,26 @@ def packed(**options: Any) -> dict[str, CallSpec]:
     return found
 
 
+def long() -> dict[str, CallSpec]:
+    """Options of calls that are long enough for the tables' last rows."""
+    found: dict[str, CallSpec] = {}
+    for width in (64, 128):
+        spec = replace(PLAIN, head_dim=width, head_dim_v=width, lengths_q=(2000,), lengths_kv=(2000,))
+        found[f"{width}, window, long"] = replace(spec, window=(100, 20))
+        for name, options in {"packed": {"causal": True}, "everything": EVERYTHING}.items():
+            found[f"{width}, {name}, long"] = replace(spec, is_packed=True, **options)
+    return found
+
+
 def lengths() -> dict[str, CallSpec]:
     """Calls that differ in sequence lengths and in how many there are; not of one query, to which causal is full."""
-    dense = ((2, 1), (63, 1), (64, 3), (1000, 2), (2048, 16))
     spec = replace(PLAIN, causal=True)
     found = {
         f"{batch} of {length}": replace(spec, lengths_q=(length,) * batch, lengths_kv=(length,) * batch)
-        for length, batch in dense
+        for length, batch in ((2, 1), (63, 1), (64, 3), (1000, 2), (1024, 16), (1025, 3), (2048, 16))
     }
     spec = replace(spec, is_packed=True)
-    for each in ((2,), (64, 0), (100, 17, 64), (1024,) * 3):
+    for each in ((2,), (64, 0), (100, 17, 64), (1024,) * 3, (1025, 3), (5000,) * 2):
         found[f"packed {each}"] = replace(spec, lengths_q=each, lengths_kv=each)
     return found
 
@@ -97,6 +108,7 @@ SETS: dict[str, Callable[[], dict[str, CallSpec]]] = {
     "options": lambda: {name: replace(PLAIN, **options) for name, options in OPTIONS.items()},
     "packed": packed,
     "mixes": partial(packed, **EVERYTHING),
+    "long": long,
     "lengths": lengths,
 }
 
@@ -197,6 +209,7 @@ def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[di
             "block_kv": planned.tiles.block_kv,
             "width": width,
             "width_v": width_v,
+            "two_loops": getattr(planned.tiles, "has_two_loops", False),
             "planned_shared": planned.shared_memory_bytes,
             "seconds": found.seconds,
             "relaunch": found.can_be_relaunched,

@@ -30,11 +30,12 @@ PLAIN = CallSpec(
     lengths_q=(300, 300), lengths_kv=(390, 390), heads_kv=2, head_dim=128, head_dim_v=128, dtype=torch.bfloat16
 )
 FORWARD_TILES = [tiles for steps in plan._FORWARD.values() for _, tiles in steps]
+BACKWARD_TILES = [tiles for steps in plan._BACKWARD.values() for _, tiles in steps]
 EDGES = sorted(
     {0, 1, 2, 40, 300, 700}
     | {
         block + offset
-        for tiles in (*FORWARD_TILES, *plan._BACKWARD.values())
+        for tiles in (*FORWARD_TILES, *BACKWARD_TILES)
         for block in (tiles.block_q, tiles.block_kv)
         for offset in (-1, 0, 1)
     }
@@ -87,10 +88,22 @@ def test_random_mixes(chunk: int) -> None:
             done += 1
 
 
+@pytest.mark.parametrize("head_dim", WIDTHS)
+@pytest.mark.parametrize("name", ["causal", "window", "ALiBi per sequence", "softcap", "sinks"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_options_of_long_calls(is_packed: bool, name: str, head_dim: int) -> None:
+    """They have other tiles, another order of heads, and loops of their own for what a mask hides nothing of."""
+    lengths_q, lengths_kv = ((1300, 1100, 0, 70), (1000, 1800, 9, 1200)) if is_packed else ((1300,), (1900,))
+    spec = wide(head_dim, lengths_q=lengths_q, lengths_kv=lengths_kv, is_packed=is_packed, heads_per_kv=2)
+    check(HOPPER, replace(spec, **OPTIONS[name]), is_small=False)
+    if name == "window":
+        check(HOPPER, replace(spec, window=(700, 300)), is_small=False)
+
+
 @pytest.mark.parametrize(("width", "is_causal"), plan._FORWARD, ids=str)
 def test_edges_of_every_tile(width: int, is_causal: bool) -> None:
     forward = [tiles for _, tiles in plan._FORWARD[width, is_causal]]
-    for block_q, block_kv in {(tiles.block_q, tiles.block_kv) for tiles in (*forward, *plan._BACKWARD.values())}:
+    for block_q, block_kv in {(tiles.block_q, tiles.block_kv) for tiles in (*forward, *BACKWARD_TILES)}:
         for seqlen_q in (1, block_q - 1, block_q, block_q + 1, 2 * block_q + 1):
             for seqlen_kv in (1, block_kv - 1, block_kv, block_kv + 1, 3 * block_kv + 1):
                 check(HOPPER, wide(width, lengths_q=(seqlen_q,), lengths_kv=(seqlen_kv,), causal=is_causal))

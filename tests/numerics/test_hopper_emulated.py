@@ -22,7 +22,7 @@ def emulate(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("calls", ["edges", "turns", "packed", "one query", "huge", "mixes", "gradients"])
+@pytest.mark.parametrize("calls", ["edges", "turns", "packed", "one query", "huge", "mixes", "gradients", "two loops"])
 def test_results(calls: str) -> None:
     assert emulate(calls) == (0, "")
 

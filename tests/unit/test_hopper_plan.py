@@ -169,8 +169,8 @@ def test_the_tables_have_a_row_for_every_problem() -> None:
     kernels = {
         plan.backward_kernel(posed(head_dim=width, softcap=softcap)) for width in found for softcap in (0.0, 20.0)
     }
-    assert set(plan._BACKWARD) == kernels
-    for steps in plan._FORWARD.values():
+    assert set(plan._BACKWARD) == {(kernel, is_causal) for kernel in kernels for is_causal in (False, True)}
+    for steps in (*plan._FORWARD.values(), *plan._BACKWARD.values()):
         lengths = [longest for longest, _ in steps]
         assert lengths == sorted(set(lengths)) and lengths[-1] == plan.LONGEST
 
@@ -180,12 +180,16 @@ def test_the_tables_have_a_row_for_every_problem() -> None:
 def test_the_plan_is_the_tables_row(head_dim: int, is_causal: bool) -> None:
     made = plan.plan(posed(head_dim=head_dim, causal=is_causal, seqlen_q=100), H200)
     assert made.forward.tiles is plan._FORWARD[head_dim, is_causal][0][1]
-    assert made.backward.tiles is plan._BACKWARD[plan.backward_kernel(posed(head_dim=head_dim))]
+    backward = plan._BACKWARD[plan.backward_kernel(posed(head_dim=head_dim)), is_causal]
+    assert made.backward.tiles is backward[0][1]
     narrower = posed(head_dim=head_dim - 1, head_dim_v=5, causal=is_causal, seqlen_q=100)
     assert plan.plan(narrower, H200).forward.tiles == made.forward.tiles
     for longest, tiles in plan._FORWARD[head_dim, is_causal]:
         longer = posed(head_dim=head_dim, causal=is_causal, seqlen_q=longest)
         assert plan.plan(longer, H200).forward.tiles is tiles
+    for longest, tiles in backward:
+        longer = posed(head_dim=head_dim, causal=is_causal, seqlen_q=longest)
+        assert plan.plan(longer, H200).backward.tiles is tiles
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_what_tells_heads_or_positions_apart_is_computed_as_it_is(changes: dict[
     assert "rows of a tile" not in plan.plan(problem, H200).forward.reason
 
 
-@pytest.mark.parametrize("tiles", plan._BACKWARD.values(), ids=str)
+@pytest.mark.parametrize("tiles", [tiles for steps in plan._BACKWARD.values() for _, tiles in steps], ids=str)
 def test_the_backward_works_on_tiles_of_one_warpgroups_rows(tiles: plan.BackwardTiles) -> None:
     """The statistics of the backward come in whole blocks of rows."""
     assert tiles.block_q == constants.ROWS and tiles.block_kv % constants.ROWS == 0
@@ -262,22 +266,45 @@ def test_the_backward_works_on_tiles_of_one_warpgroups_rows(tiles: plan.Backward
 # --- the L2 cache -----------------------------------------------------------------------------------------------------
 
 
+def order_of_heads(problem: AttentionProblem) -> tuple[int, int]:
+    tiles = plan.plan(problem, H200).forward.tiles
+    assert isinstance(tiles, plan.ForwardTiles)
+    return plan.order_of_heads(problem, tiles, H200)
+
+
 def test_without_causality_heads_are_not_grouped() -> None:
-    assert plan.heads_per_group(posed(), H200) == 1
-    assert plan.heads_per_group(posed(window=(100, None)), H200) == 1
+    assert order_of_heads(posed()) == (0, 1)
+    assert order_of_heads(posed(window=(100, None))) == (0, 1)
 
 
 @pytest.mark.parametrize("seqlen_kv", [1, 1000, 16384, 131072, 2**20])
+@pytest.mark.parametrize("seqlen_q", [16, 2000])
 @pytest.mark.parametrize(("heads_q", "heads_kv"), [(16, 16), (16, 2), (16, 1)])
-def test_the_keys_and_values_of_a_group_fit_into_the_cache(heads_q: int, heads_kv: int, seqlen_kv: int) -> None:
-    problem = posed(batch=4, heads_q=heads_q, heads_kv=heads_kv, seqlen_q=16, seqlen_kv=seqlen_kv, causal=True)
-    group = plan.heads_per_group(problem, H200)
-    bytes_per_kv_head = seqlen_kv * 2 * 128 * 2
+def test_the_keys_and_values_of_a_group_fit_into_the_cache(
+    heads_q: int, heads_kv: int, seqlen_q: int, seqlen_kv: int
+) -> None:
+    """Short calls take a quarter of it."""
+    changes: dict[str, Any] = {"heads_q": heads_q, "heads_kv": heads_kv, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+    alone, group = order_of_heads(posed(batch=4, head_dim=64, causal=True, **changes))
+    cache = H200.l2_bytes // (4 if seqlen_q <= 1024 else 1)
+    bytes_per_kv_head = seqlen_kv * 2 * 64 * 2
     num_kv_heads = -(-group // (heads_q // heads_kv))
-    assert 1 <= group <= 4 * heads_q
-    assert num_kv_heads == 1 or num_kv_heads * bytes_per_kv_head <= H200.l2_bytes
-    fits_whole = 4 * heads_kv * bytes_per_kv_head <= H200.l2_bytes // 2
+    assert alone == 0 and 1 <= group <= 4 * heads_q
+    assert num_kv_heads == 1 or num_kv_heads * bytes_per_kv_head <= cache
+    fits_whole = 4 * heads_kv * bytes_per_kv_head <= cache // 2
     assert group == 4 * heads_q or not fits_whole
+
+
+@pytest.mark.parametrize(("head_dim", "seqlen"), [(128, 1025), (128, 16384), (256, 2), (256, 1024), (256, 2**20)])
+@pytest.mark.parametrize("batch", [1, 100])
+def test_heads_that_come_one_by_one_end_with_two_tiles_for_each_multiprocessor(
+    batch: int, head_dim: int, seqlen: int
+) -> None:
+    alone, group = order_of_heads(posed(batch=batch, head_dim=head_dim, seqlen_q=seqlen, causal=True))
+    assert alone + group == batch * 8 and group >= 1
+    num_tiles = -(-seqlen // 128)
+    assert alone == 0 or group * num_tiles >= 2 * H200.num_sms
+    assert group <= 2 or (group - 2) * num_tiles < 2 * H200.num_sms
 
 
 @pytest.mark.parametrize("num_kv_tiles", [1, 4, 32, 131, 132, 133, 10_000])

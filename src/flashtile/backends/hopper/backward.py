@@ -20,6 +20,8 @@ Source: Shah et al. 2024, "FlashAttention-3"; Dao 2023, "FlashAttention-2", algo
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
@@ -37,6 +39,7 @@ from flashtile.backends.hopper.backward_parts import (
     num_readers,
     release_parts,
     row_numbers,
+    run_of_tiles,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -56,6 +59,18 @@ from flashtile.backends.hopper.primitives.tiles import store_rows
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 NUM_D_S_SLOTS = gl.constexpr(4)
+
+
+class Block(NamedTuple):
+    """64 keys: their tiles of K and V, positions, and what every step of theirs needs."""
+
+    work: Any
+    k: Any
+    v: Any
+    kv_pos: Any
+    q_idx: Any
+    d_s: Any
+    sums: Any
 
 
 @jit(do_not_specialize=["num_sum_blocks", "heads_together", "seqlen_q", "seqlen_kv"])
@@ -80,6 +95,7 @@ def attention_backward(
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     NUM_STAGES: gl.constexpr,
+    TWO_LOOPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
@@ -111,8 +127,8 @@ def attention_backward(
     sums = Sums(d_q_sums, num_sum_blocks)
     gl.warp_specialize(
         [
-            (gradients, (0, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V)),
-            (gradients, (1, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V)),
+            (gradients, (0, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V, TWO_LOOPS)),
+            (gradients, (1, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V, TWO_LOOPS)),
             (load, (call, channels, loads)),
             (clean, (call, channels)),
         ],
@@ -131,6 +147,7 @@ def gradients(
     targets,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
+    TWO_LOOPS: gl.constexpr,
 ):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
@@ -148,7 +165,6 @@ def gradients(
     own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
     has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
-    unit_log2 = scores.unit_log2(call.rules)
     d_k = zeros([ROWS, BLOCK_D], gl.float32, DK)
     d_v = zeros([ROWS, BLOCK_DV], gl.float32, DV)
     no_s = zeros([ROWS, ROWS], gl.float32, S)
@@ -157,40 +173,22 @@ def gradients(
         wait_for_keys(call, channels)
     send(d_s, part, no_s.to(dtype))  # d_q is a step behind: before the first one it adds 0
 
-    for step in range(work.num_steps):
-        tile_idx, head_idx = tile_and_head(work, call, step)
-        q_begin = tile_idx * ROWS
-        slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
-        head = scores.HeadRules(call.rules, sequence, slope_log2)
-        q = receive(channels.q, step)
-        wait_for_rows(call, channels, step)
-        s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        d_out = receive(channels.d_out, step)
-        d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
-        s_t = warpgroup_mma_wait(1, deps=[s_token])
-        is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
-        s_t, capped_t = scores.scored(s_t, head, q_begin + q_idx, kv_pos, is_masked)
-        p_t = scores.probabilities(s_t, unit_log2, lse_log2)
-        p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
-        delta = row_numbers(channels.delta, step, cols_of(S))
-        d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
-        d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
-        d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
-        if call.rules.softcap is not None:
-            d_s_t *= 1.0 - capped_t * capped_t
-        d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
-        send(d_s, (step + 1) * NUM_CONSUMERS + part, d_s_t)
-        d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
-        d_q_token = d_q_product(d_s, channels.k, step, part * Q_COLS, Q_COLS)
-        d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
-        d_q, d_v = warpgroup_mma_wait(1, deps=[d_q_token, d_v_token])
-        tile_idx, head_idx = tile_and_head(work, call, gl.maximum(step - 1, 0))
-        add_d_q(sums, d_q, call, work, tile_idx, head_idx, part * Q_COLS, BLOCK_D)
-        d_k = warpgroup_mma_wait(0, deps=[d_k_token])
-        release(channels.d_out, step)
-        release(channels.q, step)
-        release_parts(d_s, step, NUM_CONSUMERS)
+    block = Block(work, k, v, kv_pos, q_idx, d_s, sums)
+    if TWO_LOOPS:
+        step = 0
+        while step < work.num_steps:
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            num_full, num_partial = run_of_tiles(work, tiles, has_all_keys, tile_idx)
+            for i in range(num_full):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, False, part)
+            for i in range(num_partial):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, True, part)
+            step += num_full + num_partial
+    else:
+        for step in range(work.num_steps):
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
+            d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
 
     if work.num_steps > 0:
         d_q_token = d_q_product(d_s, channels.k, work.num_steps, part * Q_COLS, Q_COLS)
@@ -202,3 +200,48 @@ def gradients(
     row = sequence.kv_begin + own_begin
     store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
+
+
+@jit
+def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexpr):
+    """(d_k, d_v) with what the queries of a step add, whose product with d_out runs beside d_q of the step before."""
+    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
+    BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
+    Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
+    dtype: gl.constexpr = channels.q.tiles.dtype
+    S: gl.constexpr = product_layout(ROWS)
+    work = block.work
+    no_s = zeros([ROWS, ROWS], gl.float32, S)
+    tile_idx, head_idx = tile_and_head(work, call, step)
+    q_begin = tile_idx * ROWS
+    slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
+    head = scores.HeadRules(call.rules, work.sequence, slope_log2)
+    q = receive(channels.q, step)
+    wait_for_rows(call, channels, step)
+    s_token = warpgroup_mma(block.k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+    d_out = receive(channels.d_out, step)
+    d_p_token = warpgroup_mma(block.v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
+    lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
+    s_t = warpgroup_mma_wait(1, deps=[s_token])
+    s_t, capped_t = scores.scored(s_t, head, q_begin + block.q_idx, block.kv_pos, is_masked)
+    p_t = scores.probabilities(s_t, scores.unit_log2(call.rules), lse_log2)
+    p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
+    delta = row_numbers(channels.delta, step, cols_of(S))
+    d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
+    d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
+    d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
+    if call.rules.softcap is not None:
+        d_s_t *= 1.0 - capped_t * capped_t
+    d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
+    send(block.d_s, (step + 1) * NUM_CONSUMERS + part, d_s_t)
+    d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
+    d_q_token = d_q_product(block.d_s, channels.k, step, part * Q_COLS, Q_COLS)
+    d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
+    d_q, d_v = warpgroup_mma_wait(1, deps=[d_q_token, d_v_token])
+    tile_idx, head_idx = tile_and_head(work, call, gl.maximum(step - 1, 0))
+    add_d_q(block.sums, d_q, call, work, tile_idx, head_idx, part * Q_COLS, BLOCK_D)
+    d_k = warpgroup_mma_wait(0, deps=[d_k_token])
+    release(channels.d_out, step)
+    release(channels.q, step)
+    release_parts(block.d_s, step, NUM_CONSUMERS)
+    return d_k, d_v

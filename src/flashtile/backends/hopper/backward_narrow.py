@@ -12,6 +12,8 @@ Shared memory bounds the products of so narrow heads: an operand in registers is
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
@@ -29,6 +31,7 @@ from flashtile.backends.hopper.backward_parts import (
     num_readers,
     release_parts,
     row_numbers,
+    run_of_tiles,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -48,6 +51,17 @@ from flashtile.backends.hopper.primitives.tiles import store_rows
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 NUM_D_S_SLOTS = gl.constexpr(4)
+
+
+class Block(NamedTuple):
+    """64 keys: K and V in registers, positions, and where their dS goes."""
+
+    work: Any
+    k: Any
+    v: Any
+    kv_pos: Any
+    q_idx: Any
+    d_s: Any
 
 
 @jit(do_not_specialize=["num_sum_blocks", "heads_together", "seqlen_q", "seqlen_kv"])
@@ -72,6 +86,7 @@ def attention_backward_narrow(
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     NUM_STAGES: gl.constexpr,
+    TWO_LOOPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     D_Q_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
@@ -104,8 +119,8 @@ def attention_backward_narrow(
     sums = Sums(d_q_sums, num_sum_blocks)
     gl.warp_specialize(
         [
-            (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V)),
-            (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V)),
+            (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, TWO_LOOPS)),
+            (gradients, (1, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, TWO_LOOPS)),
             (add_up_d_q, (call, channels, d_s, sums)),
             (load, (call, channels, loads)),
             (clean, (call, channels)),
@@ -116,7 +131,16 @@ def attention_backward_narrow(
 
 
 @jit
-def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
+def gradients(
+    part: gl.constexpr,
+    call,
+    channels,
+    d_s,
+    targets,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    TWO_LOOPS: gl.constexpr,
+):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     dtype: gl.constexpr = channels.q.tiles.dtype
@@ -130,49 +154,73 @@ def gradients(part: gl.constexpr, call, channels, d_s, targets, HEAD_DIM: gl.con
     own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
     has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
-    unit_log2 = scores.unit_log2(call.rules)
     d_k = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     d_v = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
-    no_s = zeros([ROWS, ROWS], gl.float32, S)
     if work.num_steps > 0:
         wait_for_keys(call, channels)
     k = channels.k.index(part).load(operand_layout(ROWS))
     v = channels.v.index(part).load(operand_layout(ROWS))
 
-    for step in range(work.num_steps):
-        tile_idx, head_idx = tile_and_head(work, call, step)
-        slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
-        head = scores.HeadRules(call.rules, sequence, slope_log2)
-        q = receive(channels.q, step)
-        wait_for_rows(call, channels, step)
-        lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
-        s_token = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        d_out = receive(channels.d_out, step)
-        d_p_token = warpgroup_mma(v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        s_t = warpgroup_mma_wait(1, deps=[s_token])
-        is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
-        s_t, capped_t = scores.scored(s_t, head, tile_idx * ROWS + q_idx, kv_pos, is_masked)
-        p_t = scores.probabilities(s_t, unit_log2, lse_log2)
-        p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
-        delta = row_numbers(channels.delta, step, cols_of(S))
-        d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
-        d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
-        d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
-        if call.rules.softcap is not None:
-            d_s_t *= 1.0 - capped_t * capped_t
-        d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
-        d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
-        send(d_s, step * NUM_CONSUMERS + part, d_s_t)
-        d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
-        d_v, d_k = warpgroup_mma_wait(0, deps=[d_v_token, d_k_token])
-        release(channels.d_out, step)
-        release(channels.q, step)
+    block = Block(work, k, v, kv_pos, q_idx, d_s)
+    if TWO_LOOPS:
+        step = 0
+        while step < work.num_steps:
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            num_full, num_partial = run_of_tiles(work, tiles, has_all_keys, tile_idx)
+            for i in range(num_full):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, False, part)
+            for i in range(num_partial):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, True, part)
+            step += num_full + num_partial
+    else:
+        for step in range(work.num_steps):
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
+            d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
 
     d_k_matrix, d_v_matrix, scale = targets
     num_rows = sequence.seqlen_kv - own_begin
     row = sequence.kv_begin + own_begin
     store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
     store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
+
+
+@jit
+def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexpr):
+    """(d_k, d_v) with what the queries of a step add."""
+    BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
+    BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
+    dtype: gl.constexpr = channels.q.tiles.dtype
+    S: gl.constexpr = product_layout(ROWS)
+    work = block.work
+    no_s = zeros([ROWS, ROWS], gl.float32, S)
+    tile_idx, head_idx = tile_and_head(work, call, step)
+    slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
+    head = scores.HeadRules(call.rules, work.sequence, slope_log2)
+    q = receive(channels.q, step)
+    wait_for_rows(call, channels, step)
+    lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
+    s_token = warpgroup_mma(block.k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+    d_out = receive(channels.d_out, step)
+    d_p_token = warpgroup_mma(block.v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
+    s_t = warpgroup_mma_wait(1, deps=[s_token])
+    s_t, capped_t = scores.scored(s_t, head, tile_idx * ROWS + block.q_idx, block.kv_pos, is_masked)
+    p_t = scores.probabilities(s_t, scores.unit_log2(call.rules), lse_log2)
+    p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
+    delta = row_numbers(channels.delta, step, cols_of(S))
+    d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
+    d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
+    d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
+    if call.rules.softcap is not None:
+        d_s_t *= 1.0 - capped_t * capped_t
+    d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
+    d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
+    send(block.d_s, step * NUM_CONSUMERS + part, d_s_t)
+    d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
+    d_v, d_k = warpgroup_mma_wait(0, deps=[d_v_token, d_k_token])
+    release(channels.d_out, step)
+    release(channels.q, step)
+    return d_k, d_v
 
 
 @jit

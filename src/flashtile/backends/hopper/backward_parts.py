@@ -20,7 +20,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     zeros,
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, product_layout, rows_of
-from flashtile.backends.hopper.primitives.masking import q_tiles
+from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from
 
 ROWS = gl.constexpr(constants.ROWS)
@@ -118,6 +118,20 @@ def tile_and_head(work, call, step):
         tile_idx = work.tiles.end - 1 - step % work.num_tiles
         head_idx = work.kv_head_idx * call.heads.per_kv + step // work.num_tiles
     return tile_idx, head_idx
+
+
+@jit
+def run_of_tiles(work, own_tiles, has_all_keys, tile_idx):
+    """(full, partial): how many tiles from one on downwards are visible everywhere, or how many are not.
+
+    Args:
+        own_tiles: which query tiles a consumer's own keys see, and which of them everywhere.
+        has_all_keys: whether none of its keys lies behind the end of the sequence.
+    """
+    num_full = gl.where(is_full(own_tiles, tile_idx) & has_all_keys, tile_idx + 1 - own_tiles.full_begin, 0)
+    has_full_below = (tile_idx >= own_tiles.full_end) & (own_tiles.full_end > own_tiles.full_begin) & has_all_keys
+    first_partial = gl.where(has_full_below, own_tiles.full_end, work.tiles.begin)
+    return num_full, gl.where(num_full > 0, 0, tile_idx + 1 - first_partial)
 
 
 @jit

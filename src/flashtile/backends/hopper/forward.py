@@ -36,7 +36,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     zeros,
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
-from flashtile.backends.hopper.primitives.masking import TileRange, is_full, kv_tiles
+from flashtile.backends.hopper.primitives.masking import TileRange, is_full, is_unlimited, kv_tiles
 from flashtile.backends.hopper.primitives.online_softmax import (
     INF,
     finish,
@@ -106,7 +106,7 @@ class Sums(NamedTuple):
     p_operand: Any
 
 
-@jit(do_not_specialize=["seqlen_q", "seqlen_kv", "batch", "heads_per_group", "lse_length"])
+@jit(do_not_specialize=["seqlen_q", "seqlen_kv", "batch", "heads_alone", "heads_per_group", "lse_length"])
 def attention_forward(
     q_desc,
     k_desc,
@@ -120,6 +120,7 @@ def attention_forward(
     sequences,
     heads,
     batch,
+    heads_alone,
     heads_per_group,
     counter,
     seqlen_q,
@@ -148,7 +149,7 @@ def attention_forward(
     fence_async_shared()
 
     num_tiles = gl.cdiv(seqlen_q, NUM_CONSUMERS * ROWS)
-    schedule = Schedule(num_tiles, batch * heads.num_q, heads_per_group, counter)
+    schedule = Schedule(num_tiles, batch * heads.num_q, heads_alone, heads_per_group, counter)
     lse = RowNumbers(lse_ptr, heads.num_q, lse_length)
     call = Call(rules, sequences, heads, schedule, seqlen_q, seqlen_kv)
     results = Results(out_desc, out_tiles, out_matrix, lse, sink_ptr)
@@ -266,7 +267,10 @@ def softmax_and_pv(
         s = warpgroup_mma_wait(0, deps=[s])
         release(k, step)
         release_q(block, last)
-        s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, True)
+        is_masked = not is_full(tiles, last)
+        if IN_TURN and is_unlimited(call.rules.window):  # a branch costs more there than masks that hide nothing
+            is_masked = True
+        s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, is_masked)
         no_max = thread_sums(no_s) - INF
         p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
         p_operand = gl.convert_layout(p.to(dtype), P)  # rounded for the product with V
@@ -277,6 +281,8 @@ def softmax_and_pv(
 
         for tile_idx in range(last - 1, visited.begin - 1, -1):
             is_masked = not is_full(tiles, tile_idx)
+            if is_unlimited(call.rules.window):  # what lies behind the end is in the last tile
+                is_masked = False
             sums = attend(block, sums, tile_idx, step + last - tile_idx, is_masked, part, next_part)
 
         step += last - visited.begin  # the step of the last product P @ V

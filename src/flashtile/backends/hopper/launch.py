@@ -25,10 +25,10 @@ from flashtile.backends.hopper.plan import (
     BackwardTiles,
     ForwardTiles,
     forward_problem,
-    heads_per_group,
     heads_together,
     num_q_slots,
     num_shares,
+    order_of_heads,
     out_columns,
     widths,
 )
@@ -117,7 +117,7 @@ def _launch_forward(
             Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
             Heads(computed.heads_q, computed.heads_per_kv),
             computed.batch,
-            heads_per_group(computed, devices.detect(out.device)),
+            *order_of_heads(computed, tiles, devices.detect(out.device)),
             counter,
             computed.seqlen_q,
             computed.seqlen_kv,
@@ -205,7 +205,9 @@ def backward(
         lse_log2, delta, d_q_sums = _row_statistics(problem, operands, saved, d_out, d_lse)
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
         d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
-        kernel, registers = _BACKWARD[plan.backward.kernel]
+        kernel, constants = _BACKWARD[plan.backward.kernel]
+        if plan.backward.kernel != "backward_wide":
+            constants = {"TWO_LOOPS": tiles.has_two_loops, **constants}
         kernel(
             (problem, tiles),
             plan.backward.grid,
@@ -215,7 +217,7 @@ def backward(
             HEAD_DIM=problem.head_dim,
             HEAD_DIM_V=problem.head_dim_v,
             NUM_STAGES=tiles.num_stages,
-            **registers,
+            **constants,
         )
         d_q = _scaled(d_q_sums, problem, operands)
         d_sinks = None if operands.sinks is None else _sink_gradient(operands.sinks, lse_log2, delta)

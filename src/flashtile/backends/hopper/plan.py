@@ -28,6 +28,10 @@ class ForwardTiles(TileConfig):
     """Slots for tiles of K, and of V."""
     is_in_turn: bool = False
     """Whether the consumers take turns on the tensor cores."""
+    is_head_by_head: bool = False
+    """Whether causal calls finish one head after the other, and not groups of heads whose K and V the cache holds."""
+    share_of_l2: int = 1
+    """Of such a group: a half, a quarter..., as 2, 4..."""
 
     @property
     def num_consumers(self) -> int:
@@ -40,30 +44,40 @@ class BackwardTiles(TileConfig):
 
     num_stages: int
     """Slots for tiles of Q, and of d_out."""
+    has_two_loops: bool = False
+    """Whether tiles that are visible everywhere have a loop without masks; more code, which short calls pay for."""
 
 
 _SHORT_FULL = ForwardTiles(block_q=128, block_kv=128, num_stages=3, is_in_turn=True)
-_SHORT_CAUSAL = ForwardTiles(block_q=128, block_kv=128, num_stages=3)
+_SHORT_CAUSAL = ForwardTiles(block_q=128, block_kv=128, num_stages=3, share_of_l2=4)
 _LONG = ForwardTiles(block_q=192, block_kv=128, num_stages=3, is_in_turn=True)
-_MIDDLE = ForwardTiles(block_q=128, block_kv=128, num_stages=2)
-_WIDE = ForwardTiles(block_q=128, block_kv=64, num_stages=2)
+_MIDDLE = ForwardTiles(block_q=128, block_kv=128, num_stages=2, share_of_l2=4)
+_MIDDLE_LONG = ForwardTiles(block_q=128, block_kv=128, num_stages=2, is_head_by_head=True)
+_WIDE = ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_head_by_head=True)
 
 _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
     (64, False): ((1024, _SHORT_FULL), (LONGEST, _LONG)),
     (64, True): ((1024, _SHORT_CAUSAL), (LONGEST, _LONG)),
     (128, False): ((LONGEST, _MIDDLE),),
-    (128, True): ((LONGEST, _MIDDLE),),
+    (128, True): ((1024, _MIDDLE), (LONGEST, _MIDDLE_LONG)),
     (256, False): ((LONGEST, _WIDE),),
     (256, True): ((LONGEST, _WIDE),),
 }
 """(width of the wider head, is causal) -> tiles for up to so many queries; see docs/kernels/hopper_forward.md."""
 
-_BACKWARD: dict[str, BackwardTiles] = {
-    "backward_narrow": BackwardTiles(block_q=64, block_kv=128, num_stages=3),
-    "backward": BackwardTiles(block_q=64, block_kv=128, num_stages=2),
-    "backward_wide": BackwardTiles(block_q=64, block_kv=64, num_stages=2),
+_NARROW_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=3)
+_MIDDLE_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=2)
+_WIDE_BACKWARD = BackwardTiles(block_q=64, block_kv=64, num_stages=2)
+
+_BACKWARD: dict[tuple[str, bool], tuple[tuple[int, BackwardTiles], ...]] = {
+    ("backward_narrow", False): ((1024, _NARROW_BACKWARD), (LONGEST, replace(_NARROW_BACKWARD, has_two_loops=True))),
+    ("backward_narrow", True): ((LONGEST, _NARROW_BACKWARD),),
+    ("backward", False): ((LONGEST, _MIDDLE_BACKWARD),),
+    ("backward", True): ((1024, _MIDDLE_BACKWARD), (LONGEST, replace(_MIDDLE_BACKWARD, has_two_loops=True))),
+    ("backward_wide", False): ((LONGEST, _WIDE_BACKWARD),),
+    ("backward_wide", True): ((LONGEST, _WIDE_BACKWARD),),
 }
-"""Kernel -> tiles; measured in docs/kernels/hopper_backward.md."""
+"""(kernel, is causal) -> tiles for up to so many queries; measured in docs/kernels/hopper_backward.md."""
 
 
 def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
@@ -152,7 +166,8 @@ def _forward_tiles(problem: AttentionProblem) -> ForwardTiles:
 
 def _backward(problem: AttentionProblem) -> KernelPlan:
     kernel = backward_kernel(problem)
-    tiles = _BACKWARD[kernel]
+    steps = _BACKWARD[kernel, problem.mask.right is not None]
+    tiles = next(tiles for longest, tiles in steps if problem.seqlen_q <= longest)
     keys = f"{ROWS} keys" + (" each" if tiles.block_kv > ROWS else ", one for d_k and one for d_v")
     return KernelPlan(
         kernel=kernel,
@@ -176,15 +191,24 @@ def num_shares(computed: AttentionProblem, tiles: ForwardTiles) -> int:
     return -(-computed.seqlen_q // tiles.block_q) * computed.heads_q * computed.batch
 
 
-def heads_per_group(problem: AttentionProblem, device: DeviceSpec) -> int:
-    """How many query heads' K and V fit in the L2 cache, in groups alike; without causality order does not matter."""
-    if problem.mask.right is None:
-        return 1
-    bytes_per_head = problem.seqlen_kv * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
-    num_heads = problem.batch * problem.heads_q
-    largest = max(1, device.l2_bytes // max(bytes_per_head, 1)) * problem.heads_per_kv
+def order_of_heads(computed: AttentionProblem, tiles: ForwardTiles, device: DeviceSpec) -> tuple[int, int]:
+    """(alone, group): the forward finishes so many heads one after the other, the others in groups of so many.
+
+    Under a causal mask the tiles of a group come by what there is to do, the most first. Where heads come one by one,
+    the last of them are a group, for all SMs to end together. Without causality order does not matter.
+    """
+    num_heads = computed.batch * computed.heads_q
+    if computed.mask.right is None:
+        return 0, 1
+    if tiles.is_head_by_head:
+        num_tiles = -(-computed.seqlen_q // tiles.block_q)
+        group = min(num_heads, 2 * -(-device.num_sms // num_tiles))
+        return num_heads - group, group
+    bytes_per_head = computed.seqlen_kv * (computed.head_dim + computed.head_dim_v) * computed.dtype.itemsize
+    cache = device.l2_bytes // tiles.share_of_l2
+    largest = max(1, cache // max(bytes_per_head, 1)) * computed.heads_per_kv
     num_groups = -(-num_heads // largest)
-    return -(-num_heads // num_groups)
+    return 0, -(-num_heads // num_groups)
 
 
 def heads_together(problem: AttentionProblem, num_kv_tiles: int, device: DeviceSpec) -> int:

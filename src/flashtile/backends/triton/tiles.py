@@ -247,7 +247,7 @@ _ONE_OPTION = ("bias", "mask", "alibi", "softcap")
 _SPECIAL: dict[tuple[str, str, int, int], dict[str, Row]] = {
     ("sm_90", "forward", 2, 64): dict.fromkeys(_ONE_OPTION, (64, 64, 4, 3)),
     ("sm_90", "forward", 2, 128): {
-        "full": (128, 128, 8, 2),
+        "full": (128, 128, 8, 3),
         "mask": (64, 64, 4, 2),
         "alibi": (64, 64, 4, 3),
         "softcap": (64, 64, 4, 3),

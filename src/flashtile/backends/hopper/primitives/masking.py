@@ -59,6 +59,12 @@ def _tile_range(any_begin, all_begin, all_end, any_end, length, BLOCK: gl.conste
 
 
 @jit
+def is_unlimited(window):
+    """Whether only the ends of the sequences hide anything."""
+    return window.left is None and window.right is None
+
+
+@jit
 def is_full(tiles, tile_idx):
     """Whether every pair of the tile is visible."""
     return (tile_idx >= tiles.full_begin) & (tile_idx < tiles.full_end)

@@ -17,13 +17,15 @@ END = gl.constexpr(-1)
 
 
 class Schedule(NamedTuple):
-    """``num_tiles`` tiles for each of ``num_heads`` heads (of all sequences), ``group`` heads at a time.
+    """``num_tiles`` tiles for each of ``num_heads`` heads (of all sequences).
 
-    The heads of a group find their K and V in the L2 cache; within a group the tile with the most to do comes first.
+    The first ``num_alone`` heads come one after the other, the rest ``group`` at a time. The heads of a group find
+    their K and V in the L2 cache; within a group the tile with the most to do comes first.
     """
 
     num_tiles: Any
     num_heads: Any
+    num_alone: Any
     group: Any
     counter: Any
     """How many shares were taken beyond the programs' first ones: 0 at the start; not read if those are all."""
@@ -58,10 +60,13 @@ def share(schedule, share_idx, heads_per_sequence, LAST_FIRST: gl.constexpr):
     Args:
         LAST_FIRST: the later tiles of a head have more to do (query tiles of causal attention).
     """
-    group_idx = share_idx // (schedule.num_tiles * schedule.group)
-    first_head = group_idx * schedule.group
+    first_head, size = 0, 1
+    if share_idx >= schedule.num_alone * schedule.num_tiles:
+        first_head, size = schedule.num_alone, schedule.group
+    group_idx = (share_idx - first_head * schedule.num_tiles) // (schedule.num_tiles * size)
+    first_head += group_idx * size
     within = share_idx - first_head * schedule.num_tiles
-    group = gl.minimum(schedule.group, schedule.num_heads - first_head)
+    group = gl.minimum(size, schedule.num_heads - first_head)
     tile_idx = within // group
     if LAST_FIRST:
         tile_idx = schedule.num_tiles - 1 - tile_idx

@@ -14,8 +14,8 @@ def warmup(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool = False, **options
     """Compiles the kernels of a call, and those of its backward, by running it once on the tensors given.
 
     A GPU kernel is compiled when the first problem of its kind arrives: one dtype, head_dim, set of options and memory
-    layout. It serves every length and batch, so short tensors like those to come are enough. What was compiled stays in
-    Triton's disk cache for other processes.
+    layout. It serves every length and batch, so short tensors like those to come are enough; but few queries of many
+    keys have kernels of their own on Hopper GPUs. What was compiled stays in Triton's disk cache for other processes.
 
     Args:
         q, k, v: as for ``attention``. The backward is compiled for those tensors that require a gradient.

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 from flashtile.backends import relaunch
 from flashtile.backends.base import Plan, Saved
 from flashtile.backends.hopper import launch, plan
+from flashtile.backends.launcher import KernelLauncher
 from flashtile.spec import devices, validation
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -73,9 +74,25 @@ def packed(**options: Any) -> dict[str, CallSpec]:
     found: dict[str, CallSpec] = {}
     for width in sorted({width for width, _ in plan._FORWARD}):
         spec = replace(PLAIN, head_dim=width, head_dim_v=width, lengths_q=(100, 156), is_packed=True, **options)
-        if plan.rejects(validated(spec)[0], H200):
-            spec = replace(spec, softcap=0.0)
-        found[f"{width}, packed"] = spec
+        found[f"{width}, packed"] = taken(spec)
+    return found
+
+
+def taken(spec: CallSpec) -> CallSpec:
+    """The call without a softcap, if the backend has no backward with it."""
+    return replace(spec, softcap=0.0) if plan.rejects(validated(spec)[0], H200) else spec
+
+
+def split(**options: Any) -> dict[str, CallSpec]:
+    """Few queries and many keys at each width: heads as rows, and rows that see fewer keys than others."""
+    found: dict[str, CallSpec] = {}
+    for width in sorted({width for width, _ in plan._FORWARD}):
+        spec = replace(PLAIN, head_dim=width, head_dim_v=width, lengths_q=(1,), lengths_kv=(2000,))
+        if options:
+            found[f"{width}, split"] = taken(replace(spec, lengths_q=(9,), **options))
+        else:
+            found[f"{width}, split, one query"] = replace(spec, heads_per_kv=4)
+            found[f"{width}, split, causal"] = replace(spec, lengths_q=(9,), causal=True)
     return found
 
 
@@ -94,9 +111,14 @@ def lengths() -> dict[str, CallSpec]:
     """Calls that differ in sequence lengths and in how many there are; not of one query, to which causal is full."""
     spec = replace(PLAIN, causal=True)
     found = {
-        f"{batch} of {length}": replace(spec, lengths_q=(length,) * batch, lengths_kv=(length,) * batch)
+        f"{'short' if length <= 1024 else 'long'} {batch} of {length}": replace(
+            spec, lengths_q=(length,) * batch, lengths_kv=(length,) * batch
+        )
         for length, batch in ((2, 1), (63, 1), (64, 3), (1000, 2), (1024, 16), (1025, 3), (2048, 16))
     }
+    for seqlen_q, seqlen_kv, batch in ((2, 1025, 1), (15, 8192, 3), (128, 12345, 1)):  # 2, 16 and 3 parts
+        name = f"split {batch} of {seqlen_q}, {seqlen_kv}"
+        found[name] = replace(spec, lengths_q=(seqlen_q,) * batch, lengths_kv=(seqlen_kv,) * batch)
     spec = replace(spec, is_packed=True)
     for each in ((2,), (64, 0), (100, 17, 64), (1024,) * 3, (1025, 3), (5000,) * 2):
         found[f"packed {each}"] = replace(spec, lengths_q=each, lengths_kv=each)
@@ -109,6 +131,8 @@ SETS: dict[str, Callable[[], dict[str, CallSpec]]] = {
     "packed": packed,
     "mixes": partial(packed, **EVERYTHING),
     "long": long,
+    "split": split,
+    "split mixes": partial(split, **(EVERYTHING | {"window": (1500, 0)})),
     "lengths": lengths,
 }
 
@@ -133,11 +157,23 @@ class Compiled:
     """What ptxas said."""
     seconds: float
     can_be_relaunched: bool
-    """Whether all its parameters are known to the launch through the driver."""
+    """Whether the launch through the driver knows all its parameters, and the tensors that they are of."""
 
 
 def compile_instead_of_launching(compiled: list[Compiled]) -> None:
     """From here on ``kernel[grid](...)`` compiles what would be launched, and adds it to the list if it is new."""
+
+    launched_with: list[Any] = []
+    launch_by = KernelLauncher.__call__
+
+    def noted(self: KernelLauncher, key: Any, grid: Any, tensors: Any, arguments: Any, **constants: Any) -> Any:
+        launched_with[:] = tensors
+        return launch_by(self, key, grid, tensors, arguments, **constants)
+
+    def is_known(parameter: Any) -> bool:
+        descriptor = getattr(parameter, "descriptor", None)
+        tensor = getattr(parameter, "tensor", None) if descriptor is None else descriptor.base
+        return tensor is None or any(tensor is each for each in launched_with)
 
     def compile_only(function: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*args: Any, **constants: Any) -> None:
@@ -147,28 +183,32 @@ def compile_instead_of_launching(compiled: list[Compiled]) -> None:
             seconds = round(time.perf_counter() - begin, 1)
             if log.getvalue():  # else this process has compiled the same before
                 values = (*args, *(constants[name] for name in kernel.src.signature if name in constants))
+                parameters = relaunch.parameters_of(kernel, values)
                 compiled.append(
                     Compiled(
                         name=function.fn.__name__,
                         kernel=kernel,
                         log=log.getvalue(),
                         seconds=seconds,
-                        can_be_relaunched=relaunch.parameters_of(kernel, values) is not None,
+                        can_be_relaunched=parameters is not None and all(map(is_known, parameters)),
                     )
                 )
 
         return run
 
     cast(Any, JITFunction).__getitem__ = compile_only
+    cast(Any, KernelLauncher).__call__ = noted
 
 
 def launch_all(spec: CallSpec) -> Plan:
-    """Launches forward and backward, and returns their plan."""
+    """Launches forward and backward, which splits no keys, and returns their plan."""
     problem, operands = validated(spec)
     assert not plan.rejects(problem, H200), plan.rejects(problem, H200)
     made = plan.plan(problem, H200)
     with torch.no_grad():
         out, lse = launch.forward(problem, operands, made)
+        if made.forward.companions:
+            return made
         saved = Saved(out=out, lse=lse)
         launch.backward(problem, operands, saved, torch.zeros_like(out), torch.zeros_like(lse), made)
     return made

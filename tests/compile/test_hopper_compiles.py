@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from variants_process import NEWEST, as_table, check_memory, needs_newest, variants
+from variants_process import MOST_SPILLED, NEWEST, as_table, check_memory, needs_newest, variants
 
 from flashtile.spec import devices
 
@@ -77,19 +77,27 @@ def test_every_row_of_the_tables(tmp_path: Path) -> None:
             assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"
 
 
-@pytest.mark.parametrize("variant_set", ["options", "packed", "mixes", "long"])
+def test_split_keys(tmp_path: Path) -> None:
+    found = compile_all("split", tmp_path, most_spilled=MOST_SPILLED)
+    assert {row["kernel"] for row in found} == {"attention_forward", "attention_combine"}
+    for row in found:
+        if row["kernel"] == "attention_forward":
+            assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"
+
+
+@pytest.mark.parametrize("variant_set", ["options", "packed", "mixes", "long", "split mixes"])
 def test_options(variant_set: str, tmp_path: Path) -> None:
     compile_all(variant_set, tmp_path, most_spilled=MOST_SPILLED_WITH_OPTIONS)
 
 
 def test_a_new_length_or_batch_compiles_nothing(tmp_path: Path) -> None:
     found = compile_all("lengths", tmp_path, most_spilled=MOST_SPILLED_WITH_OPTIONS)
-    counts = Counter((row["kernel"], row["variant"].startswith("packed"), row["two_loops"]) for row in found)
+    counts = Counter((row["kernel"], row["variant"].split()[0], row["two_loops"]) for row in found)
     assert set(counts.values()) == {1}, "a length or the batch became a compile-time number"
     assert {row["two_loops"] for row in found} == {False, True}
 
 
 @needs_newest
-@pytest.mark.parametrize("variant_set", ["tables", "mixes"])
+@pytest.mark.parametrize("variant_set", ["tables", "mixes", "split"])
 def test_with_the_newest_triton(variant_set: str, tmp_path: Path) -> None:
     compile_all(variant_set, tmp_path, most_spilled=MOST_SPILLED_BY_THE_NEWEST, triton_path=NEWEST)

@@ -34,6 +34,8 @@ forward = import_module("flashtile.backends.hopper.forward")
 
 NUM_SMS = (2, 132)
 """Two programs share the work one by one; with 132 a program has one share, as short calls do on an H200."""
+NUM_SMS_OF_SPLIT = (16, 132)
+"""Of which each call of the set gets both: keys are split for as many programs as there are."""
 LONGEST_PAUSE_S = 3e-4
 PLAIN = CallSpec(
     lengths_q=(300, 300), lengths_kv=(390, 390), heads_kv=2, head_dim=128, head_dim_v=128, dtype=torch.bfloat16
@@ -83,6 +85,22 @@ def one_query() -> Iterator[CallSpec]:
         yield replace(spec, lengths_q=(1,), lengths_kv=(390,), has_sinks=True)
 
 
+def split() -> Iterator[CallSpec]:
+    """Few queries and many keys, whose parts are shares of their own; some have nothing to see."""
+    for head_dim in (40, 64, 128, 256):
+        spec = wide(head_dim, lengths_q=(1,), lengths_kv=(900,), heads_kv=1)
+        yield replace(spec, heads_per_kv=3)
+        yield replace(spec, lengths_q=(1,) * 5, lengths_kv=(641,) * 5)  # more shares than programs
+        yield replace(spec, heads_per_kv=2, has_sinks=True, alibi="per head")
+        yield replace(spec, lengths_q=(33,), causal=True, has_sinks=True, softcap=5.0)
+        yield replace(spec, lengths_q=(20,), window=(250, None), heads_per_kv=2)
+        yield replace(spec, lengths_q=(20,), window=(400, 100), strides_q="heads_first")
+        yield replace(spec, lengths_q=(150,), causal=True)
+        yield replace(spec, lengths_q=(500,), lengths_kv=(270,), causal=True)  # the first see nothing
+        yield replace(spec, lengths_q=(70,), spread=1000.0, dtype=torch.float16)
+    yield wide(64, lengths_q=(1200,), lengths_kv=(700,), heads_kv=1, causal=True, has_sinks=True)  # three consumers
+
+
 def huge() -> Iterator[CallSpec]:
     """Maxima that grow from tile to tile."""
     for head_dim in (64, 128, 256):
@@ -119,6 +137,7 @@ SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "turns": turns,
     "packed": packed,
     "one query": one_query,
+    "split": split,
     "huge": huge,
     "mixes": mixes,
     "gradients": gradients,
@@ -129,12 +148,21 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "turns are not passed on": {"pass_turn": lambda _part: None},
     "rows behind a sequence are not zeroed": {"zero_rows_from": lambda *_: None},
     "the unit's reads are not waited for": {"tma": types.SimpleNamespace(store_wait=lambda _: None)},
+    "every part has all keys": {"part_of": lambda tiles, *_: tiles},
     "no fence": {"fence_async_shared": lambda: None},
     "the product of S is not waited for": {
         "warpgroup_mma_wait": lambda most, deps, wait=forward.warpgroup_mma_wait: wait(2 * most, deps=deps)
     },
 }
 """Mistake -> names of ``forward.py`` that make it."""
+
+
+def calls(sets: list[str]) -> Iterator[tuple[str, CallSpec, int]]:
+    """(set, call, number of SMs)"""
+    for name in sets:
+        for index, spec in enumerate(SETS[name]()):
+            every = NUM_SMS_OF_SPLIT if name == "split" else NUM_SMS[index % len(NUM_SMS) :][:1]
+            yield from ((name, spec, num_sms) for num_sms in every)
 
 
 def validated(call: Call, *, has_gradients: bool) -> tuple[AttentionProblem, Operands]:
@@ -199,10 +227,9 @@ def main() -> None:
     torch.set_num_threads(1)
     gluon_emulator.Program.pauses = gluon_emulator.Pauses(LONGEST_PAUSE_S, seed=chosen.seed)
     vars(forward).update(MISTAKES.get(chosen.mistake, {}))
-    failures = 0
-    calls = [(name, spec) for name in chosen.sets for spec in SETS[name]()]
-    for index, (name, spec) in enumerate(calls):
-        num_sms = NUM_SMS[index % len(NUM_SMS)]
+    failures, fewest_keys = 0, (plan.FEWEST_KEYS, plan.FEWEST_KEYS_PER_QUERY)
+    for name, spec, num_sms in calls(chosen.sets):
+        plan.FEWEST_KEYS, plan.FEWEST_KEYS_PER_QUERY = (64, 0) if name == "split" else fewest_keys
         try:
             run(spec, num_sms, has_gradients=SETS[name] is gradients, has_two_loops=name == "two loops")
         except AssertionError as error:

@@ -79,6 +79,21 @@ def test_other_tensors_and_the_same_ones(options: dict[str, Any], seqlen: int, a
     assert len(shortest()) >= 1 and torch.equal(attend(*qkv(seqlen), **given), first)
 
 
+@pytest.mark.parametrize("num_queries", [1, 100])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "sinks": torch.tensor([0.5, 0.25, 0.1, 0.0])}], ids=str)
+def test_few_queries_of_many_keys(options: dict[str, Any], num_queries: int, attend: Attend) -> None:
+    """Hopper splits the keys, and launches a second kernel."""
+    given = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in options.items()}
+    q, k, v = qkv(9000)
+    first = attend(q[:, :num_queries].contiguous(), k, v, **given)
+    for seed in range(NUM_CALLS):
+        q, k, v = qkv(9000, seed)
+        q = q[:, :num_queries].contiguous()
+        torch.testing.assert_close(attend(q, k, v, **given).float(), naive(q, k, v, **given), atol=0.02, rtol=0.02)
+    q, k, v = qkv(9000)
+    assert len(shortest()) == 1 and torch.equal(attend(q[:, :num_queries].contiguous(), k, v, **given), first)
+
+
 def test_one_tensor_for_three_and_then_three(attend: Attend) -> None:
     q, k, v = qkv()
     for _ in range(NUM_CALLS):

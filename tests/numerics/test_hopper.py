@@ -120,6 +120,30 @@ def test_one_query_of_heads_that_share_keys(heads_per_kv: int, head_dim: int) ->
     check(HOPPER, replace(spec, has_sinks=True, alibi="per head"))
 
 
+@pytest.mark.parametrize("head_dim", [40, *WIDTHS])
+@pytest.mark.parametrize("seqlen_kv", [1025, 5000, 16384])
+def test_few_queries_of_many_keys(seqlen_kv: int, head_dim: int) -> None:
+    """Keys are split, and the results of the parts combined."""
+    spec = wide(head_dim, lengths_q=(1, 1), lengths_kv=(seqlen_kv,) * 2)
+    check(HOPPER, replace(spec, heads_per_kv=4, causal=True))
+    check(HOPPER, replace(spec, heads_kv=8, dtype=torch.float16, strides_k="heads_first"))
+    check(HOPPER, replace(spec, has_sinks=True, alibi="per head", strides_q="every_other"))
+    spec = replace(spec, lengths_q=(30, 30), heads_per_kv=2)
+    check(HOPPER, replace(spec, causal=True, has_sinks=True, spread=100.0))
+    check(HOPPER, replace(spec, window=(900, None)))  # some parts have nothing
+    check(HOPPER, replace(spec, window=(4000, 10), has_sinks=True))
+
+
+@pytest.mark.parametrize("head_dim", WIDTHS)
+def test_many_queries_of_many_more_keys(head_dim: int) -> None:
+    """Tiles full of rows, and rows that see nothing."""
+    check(HOPPER, wide(head_dim, lengths_q=(300,), lengths_kv=(16384,), causal=True), is_small=False)
+    check(HOPPER, wide(head_dim, lengths_q=(1300,), lengths_kv=(13000,), heads_kv=1, causal=True), is_small=False)
+    length = 12600 if head_dim == 64 else 8400  # 66 blocks, of 192 rows and of 128
+    results = check(HOPPER, wide(head_dim, lengths_q=(length,), lengths_kv=(length - 100,), heads_kv=1, causal=True))
+    assert bool((results.out[:, :100] == 0).all()) and bool((results.lse[..., :100] == -torch.inf).all())
+
+
 @pytest.mark.parametrize("head_dim", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_lengths_around_tiles(causal: bool, head_dim: int) -> None:
@@ -187,9 +211,25 @@ def test_a_thousand_forwards_are_bitwise_the_same(options: dict[str, Any], head_
     assert not bool(differs)
 
 
+@pytest.mark.parametrize("num_queries", [1, 50])
 @pytest.mark.parametrize("head_dim", WIDTHS)
-def test_a_sequence_does_not_depend_on_its_neighbours(head_dim: int) -> None:
-    qkv = inputs(777, batch=40, head_dim=head_dim)
+def test_a_thousand_forwards_of_split_keys_are_bitwise_the_same(head_dim: int, num_queries: int) -> None:
+    q, k, v = inputs(6000, head_dim=head_dim)
+    q = q[:, :num_queries]
+    expected_out, expected_lse = attend(q, k, v, causal=True)
+    differs = torch.zeros((), dtype=torch.bool)
+    for _ in range(1000):
+        out, lse = attend(q, k, v, causal=True)
+        differs |= (out.view(torch.int16) != expected_out.view(torch.int16)).any()
+        differs |= (lse.view(torch.int32) != expected_lse.view(torch.int32)).any()
+    assert not bool(differs)
+
+
+@pytest.mark.parametrize(("num_queries", "seqlen"), [(777, 777), (1, 3000), (30, 3000)])
+@pytest.mark.parametrize("head_dim", WIDTHS)
+def test_a_sequence_does_not_depend_on_its_neighbours(head_dim: int, num_queries: int, seqlen: int) -> None:
+    q, *kv = inputs(seqlen, batch=40, head_dim=head_dim)
+    qkv = [q[:, :num_queries], *kv]
     out, lse = attend(*qkv, causal=True)
     for index in (0, 21, 39):
         out_alone, lse_alone = attend(*(tensor[index : index + 1] for tensor in qkv), causal=True)
@@ -224,6 +264,23 @@ def test_cuda_graph_of_forward_and_backward(head_dim: int) -> None:
                 torch.testing.assert_close(replayed, expected)
             else:
                 assert torch.equal(replayed, expected), name
+
+
+@pytest.mark.parametrize("head_dim", WIDTHS)
+def test_cuda_graph_of_split_keys(head_dim: int) -> None:
+    q, k, v = inputs(6000, head_dim=head_dim)
+    q = q[:, :3].contiguous()
+    attend(q, k, v)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(q, k, v)
+    for _ in range(3):
+        for tensor in (q, k, v):
+            tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        for replayed, expected in zip(captured, attend(q, k, v), strict=True):
+            assert torch.equal(replayed, expected)
 
 
 def test_cuda_graph_replays_with_other_boundaries() -> None:

@@ -22,7 +22,10 @@ def emulate(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("calls", ["edges", "turns", "packed", "one query", "huge", "mixes", "gradients", "two loops"])
+SETS = ["edges", "turns", "packed", "one query", "split", "huge", "mixes", "gradients", "two loops"]
+
+
+@pytest.mark.parametrize("calls", SETS)
 def test_results(calls: str) -> None:
     assert emulate(calls) == (0, "")
 
@@ -35,6 +38,7 @@ def test_results(calls: str) -> None:
         ("rows behind a sequence are not zeroed", "packed", "NaN"),
         ("the unit's reads are not waited for", "huge", "not waited for"),
         ("no fence", "huge", "without a fence"),
+        ("every part has all keys", "split", "lse "),
         ("the product of S is not waited for", "huge", "may still run"),
     ],
 )

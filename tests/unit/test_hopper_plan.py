@@ -235,7 +235,9 @@ def test_for_one_query_heads_that_share_keys_are_rows(changes: dict[str, Any], h
     sizes = (computed.batch, computed.seqlen_q, computed.heads_q, computed.heads_kv, computed.heads_per_kv)
     assert sizes == (3, heads_per_kv, 4, 4, 1)
     kernel = plan.plan(problem, H200).forward
-    assert kernel.grid == (-(-heads_per_kv // kernel.tiles.block_q) * 4 * 3,)
+    assert isinstance(kernel.tiles, plan.ForwardTiles)
+    num_shares = -(-heads_per_kv // kernel.tiles.block_q) * 4 * 3 * kernel.tiles.num_splits
+    assert kernel.grid == (min(num_shares, H200.num_sms),)
     assert f"{heads_per_kv} heads that share K and V are rows" in kernel.reason
 
 
@@ -254,6 +256,111 @@ def test_what_tells_heads_or_positions_apart_is_computed_as_it_is(changes: dict[
     problem = posed(**{"seqlen_q": 1, "seqlen_kv": 500, "heads_kv": 2, **changes})
     assert plan.forward_problem(problem) is problem
     assert "rows of a tile" not in plan.plan(problem, H200).forward.reason
+
+
+# --- few queries, many keys -------------------------------------------------------------------------------------------
+
+
+def parts(**changes: Any) -> int:
+    """Into how many parts the plan for an H200 cuts the keys."""
+    tiles = plan.plan(posed(**(PLAIN | changes)), H200).forward.tiles
+    assert isinstance(tiles, plan.ForwardTiles)
+    return tiles.num_splits
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seqlen_kv": 16384}, 16),
+        ({"seqlen_kv": 16385}, 15),  # 129 tiles, 9 in each part
+        ({"seqlen_kv": 4096}, 8),  # of 512 keys
+        ({"seqlen_kv": 16384, "causal": True}, 16),
+        ({"seqlen_kv": 16384, "head_dim": 256}, 16),
+        ({"seqlen_kv": 16384, "head_dim": 40}, 16),
+        ({"seqlen_kv": 16384, "has_sinks": True, "heads_q": 8}, 16),
+        ({"seqlen_kv": 16384, "has_sinks": True}, 4),  # 32 shares, of whose heads none are rows of a tile
+        ({"seqlen_kv": 2**20, "heads_q": 1, "heads_kv": 1}, 131),  # 8,192 tiles, 63 in each part
+        ({"seqlen_kv": 16384, "seqlen_q": 128, "heads_q": 8}, 4),  # of 32 keys for each query
+        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8}, 8),
+        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (900, 100)}, 1),
+        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (9000, 100)}, 4),
+    ],
+    ids=str,
+)
+def test_how_many_parts_keys_are_cut_into(changes: dict[str, Any], expected: int) -> None:
+    assert parts(**({"seqlen_q": 1, "heads_q": 32, "heads_kv": 8} | changes)) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seqlen_kv": 512},
+        {"seqlen_kv": 16384, "heads_q": 67, "heads_kv": 67},
+        {"seqlen_kv": 16384, "seqlen_q": 1100, "heads_q": 8},
+        {"seqlen_kv": 4096, "seqlen_q": 128, "heads_q": 8},
+    ],
+    ids=str,
+)
+def test_keys_of_short_sequences_and_of_many_shares_are_not_split(changes: dict[str, Any]) -> None:
+    assert parts(**({"seqlen_q": 1, "heads_q": 8, "heads_kv": 8} | changes)) == 1
+
+
+def test_keys_of_packed_sequences_are_not_split() -> None:
+    q, k = (torch.zeros(tokens, 8, 128, dtype=torch.bfloat16, device="meta") for tokens in (4, 40000))
+    boundaries = torch.zeros(5, dtype=torch.int32, device="meta")
+    explanation = flashtile.explain(
+        q, k, k, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=1, max_seqlen_kv=20000
+    )
+    tiles = plan.plan(explanation.problem, H200).forward.tiles
+    assert isinstance(tiles, plan.ForwardTiles) and tiles.num_splits == 1
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3, 100, 700])
+@pytest.mark.parametrize("seqlen_kv", [700, 5000, 40000])
+def test_a_batch_is_split_as_one_sequence_is(seqlen_kv: int, seqlen_q: int) -> None:
+    """Else a sequence's result would depend on how many there are beside it."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+    assert {parts(batch=batch, **sizes) for batch in (1, 2, 17, 1000)} == {parts(**sizes)}
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 2, 64, 128, 500])
+@pytest.mark.parametrize("seqlen_kv", [600, 1024, 5000, 16384, 2**20])
+@pytest.mark.parametrize("heads", [1, 3, 8, 66])
+def test_no_part_is_short_and_shares_of_a_sequence_fit_on_the_gpu(heads: int, seqlen_kv: int, seqlen_q: int) -> None:
+    problem = posed(heads_q=heads, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
+    tiles = plan.plan(problem, H200).forward.tiles
+    assert isinstance(tiles, plan.ForwardTiles)
+    num_tiles = -(-seqlen_kv // tiles.block_kv)
+    tiles_of_a_part = -(-num_tiles // tiles.num_splits)
+    if tiles.num_splits > 1:
+        assert plan.num_shares(problem, tiles) <= H200.num_sms
+        assert tiles_of_a_part * tiles.block_kv >= max(512, 32 * min(seqlen_q, tiles.block_q))
+        assert (tiles.num_splits - 1) * tiles_of_a_part < num_tiles
+
+
+def test_the_plan_says_that_keys_are_split_and_what_puts_them_together() -> None:
+    shape: dict[str, Any] = {
+        "batch": 2,
+        "seqlen_q": 1,
+        "seqlen_kv": 16384,
+        "heads_q": 32,
+        "heads_kv": 8,
+        "head_dim": 128,
+    }
+    explanation = flashtile.explain(**shape, gradients=(), device="h200")
+    assert explanation.plan is not None
+    forward = explanation.plan.forward
+    assert forward.grid == (132,) and "keys in 16 parts" in forward.reason
+    (combine,) = forward.companions
+    assert (combine.kernel, combine.grid) == ("combine", (2, 8, 4))
+    assert forward.shared_memory_bytes < plan.plan(posed(), H200).forward.shared_memory_bytes  # no tile of the output
+    assert "forward: kernel hopper/combine, tiles 1 x 32, grid 2 x 8 x 4" in str(explanation)
+    held = {term.what: term.num_bytes for term in explanation.costs[0].tiled.extra}
+    assert held["out, lse of parts"] == 16 * 2 * 32 * 129 * 4
+    assert not plan.plan(posed(), H200).forward.companions
+
+
+# --- the backward -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tiles", [tiles for steps in plan._BACKWARD.values() for _, tiles in steps], ids=str)

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from flashtile.backends import relaunch
-from flashtile.backends.relaunch import Relaunch
+from flashtile.backends.relaunch import Relaunch, Relaunches
 
 PTX = """
 .visible .entry kernel(
@@ -210,6 +210,18 @@ def test_a_tensor_that_came_twice_may_come_as_two(driver: Driver) -> None:
 @pytest.mark.usefixtures("driver")
 def test_what_does_not_look_as_expected_is_left_to_triton(changes: dict[str, Any]) -> None:
     assert made(torch.zeros(8, 4), torch.zeros(5), **changes) is None
+
+
+def test_kernels_that_follow_each_other_get_the_same_tensors(driver: Driver) -> None:
+    tensors = torch.zeros(8, 4), torch.zeros(5)
+    first, second = made(*tensors, shared=1000), made(*tensors, shared=2000)
+    assert first is not None and second is not None
+    both = Relaunches(first, second)
+    others = torch.zeros(8, 4), torch.zeros(5)
+    both(others)
+    assert [struct.unpack("7I4xQQI4x", config)[6] for config, _, _ in driver.launches] == [1000, 2000]
+    assert all(numbers[5] == others[0].data_ptr() for _, numbers, _ in driver.launches)
+    assert not both.is_watched()
 
 
 def test_no_gpu_no_relaunch() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashtile.backends.gpu import COMPILER_OPTIONS, garbage_kept
-from flashtile.backends.relaunch import Relaunch
+from flashtile.backends.relaunch import Relaunch, Relaunches
 from flashtile.spec.operands import FIELDS, Operands, tensors_of
 from flashtile.spec.problem import AttentionProblem
 
@@ -94,23 +94,20 @@ def operands_of(tensors: tuple[Any, ...]) -> tuple[Operands, Tensors]:
 
 @lru_cache(maxsize=MOST_FORMS)
 def result_maker(problem: AttentionProblem, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Makes out and lse, contiguous and not filled; ``torch.empty`` would look for their strides each time."""
-    dtype = problem.dtype
-    (out_shape, out_strides), (lse_shape, lse_strides) = (
-        (shape, torch.empty(shape, device="meta").stride()) for shape in (problem.out_shape, problem.lse_shape)
-    )
+    """Makes out and lse."""
+    make_out = tensor_maker(problem.out_shape, problem.dtype, device)
+    make_lse = tensor_maker(problem.lse_shape, torch.float32, device)
+    return lambda: (make_out(), make_lse())
 
-    def make() -> tuple[Tensor, Tensor]:
-        return (
-            torch.empty_strided(out_shape, out_strides, dtype=dtype, device=device),
-            torch.empty_strided(lse_shape, lse_strides, dtype=torch.float32, device=device),
-        )
 
-    return make
+def tensor_maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """Makes tensors that are contiguous and not filled; ``torch.empty`` would look for their strides each time."""
+    strides = torch.empty(shape, device="meta").stride()
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
 def shortest(
-    launch: Relaunch | None,
+    launch: Relaunch | Relaunches | None,
     operands: Operands,
     make_results: Callable[[], Tensors],
     otherwise: Callable[[Operands], tuple[Tensor, Tensor]],

@@ -169,6 +169,19 @@ class Relaunch:
         return driver.cuLaunchKernelEx(self._config, self._function, self._parameters, None)
 
 
+class Relaunches:
+    """Kernels that are launched one after the other, all of the same tensors."""
+
+    def __init__(self, *launches: Relaunch) -> None:
+        self._launches = launches
+
+    is_watched = staticmethod(Relaunch.is_watched)
+
+    def __call__(self, tensors: tuple[Any, ...]) -> None:
+        for launch in self._launches:
+            launch(tensors)
+
+
 def _stand_in(tensor: Tensor) -> Tensor:
     """Truth values as the bytes that kernels read."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
+from flashtile.backends.hopper.plan import ForwardTiles
 from flashtile.backends.triton.constants import STATISTICS_ROWS
 from flashtile.spec.accounting import Direction, SplitBackward, Tiling
 from flashtile.spec.devices import DeviceSpec
@@ -25,8 +26,12 @@ _TILES_OF_A_CORE = {"forward": 1, "backward": 2}
 
 def launched(kernel: KernelPlan, problem: AttentionProblem) -> tuple[KernelPlan, ...]:
     """The kernel and its companions, less those whose gradients nobody wants."""
-    kernels = (kernel, *kernel.companions)
-    return tuple(one for one in kernels if _GRADIENTS_OF.get(one.kernel, problem.gradients) & problem.gradients)
+
+    def runs(one: KernelPlan) -> bool:
+        wanted = _GRADIENTS_OF.get(one.kernel)
+        return wanted is None or bool(wanted & problem.gradients)
+
+    return tuple(filter(runs, (kernel, *kernel.companions)))
 
 
 def tiling(problem: AttentionProblem, device: DeviceSpec, plan: Plan | None, direction: Direction) -> Tiling:
@@ -45,6 +50,7 @@ def tiling(problem: AttentionProblem, device: DeviceSpec, plan: Plan | None, dir
         heap_tiles=heap_tiles,
         sequences_at_once=sequences_at_once,
         split=None if kernel is None else _split(kernel, problem),
+        num_parts=tiles.num_splits if isinstance(tiles, ForwardTiles) else 1,
         row_statistics=("lse_log2", "delta") if plan is not None and plan.backend == "hopper" else ("delta",),
     )
 

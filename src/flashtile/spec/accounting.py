@@ -104,6 +104,7 @@ class Tiling:
     """Sequences whose d_q is summed up at a time, beside the result; None: all, and beside it only if it is 16-bit."""
     split: SplitBackward | None = None
     """How the backward avoids that sum; None if it does not."""
+    num_parts: int = 1  # of the keys, whose float32 results the forward combines
     row_statistics: tuple[str, ...] = ("delta",)  # before a backward that is not split: one number per query row each
 
 
@@ -255,6 +256,10 @@ def tiled_cost(problem: AttentionProblem, direction: Direction, tiling: Tiling, 
     if direction == "forward":
         flops, traffic = model.flops(direction), model.forward_traffic()
         extra = (Term(what="lse", num_bytes=_Sizes.of(problem).lse),)
+        if tiling.num_parts > 1:
+            num_bytes = tiling.num_parts * math.prod(problem.lse_shape) * (problem.head_dim_v + 1) * 4
+            traffic += (Term(what="write and read out, lse of parts", num_bytes=2 * num_bytes),)
+            extra += (Term(what="out, lse of parts", num_bytes=num_bytes),)
     elif tiling.split is None:
         flops, traffic, extra = model.flops(direction), model.backward_traffic(), _extra_backward(problem, tiling)
     else:

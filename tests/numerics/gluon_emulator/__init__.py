@@ -15,6 +15,7 @@ Layouts mean nothing here: Gluon's compiler checks those, and orders the threads
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 import sys
@@ -98,8 +99,8 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
             arguments = [_argument(arg) for arg in args]
-            for program_idx in range(grid[0]):
-                Program.current = Program(program_idx, grid)
+            for place in itertools.product(*map(range, grid)):
+                Program.current = Program(place, grid)
                 self.function(*arguments, **constants)
 
         return launch
@@ -142,7 +143,7 @@ def _language() -> dict[str, Any]:
         "allocate_shared_memory": allocate_shared_memory,
         "warp_specialize": lambda *args: Program.current.run(*args),
         "barrier": lambda: None,
-        "program_id": lambda axis: Int(Program.current.program_idx if axis == 0 else 0),
+        "program_id": lambda axis: Int(Program.current.place[axis]),
         "num_programs": lambda axis: Int(Program.current.grid[axis]),
         "load": load,
         "store": store,
@@ -164,7 +165,7 @@ def _language() -> dict[str, Any]:
         "arange": lambda begin, end, layout=None: Registers(torch.arange(begin, end, dtype=torch.int32), layout),
         "expand_dims": lambda value, axis: Registers(plain(value).unsqueeze(axis)),
         "convert_layout": lambda value, layout: Registers(plain(value), layout),
-        "zeros": lambda shape, dtype, layout: Registers(torch.zeros(tuple(shape), dtype=dtype.torch), layout),
+        "zeros": lambda shape, dtype, layout=None: Registers(torch.zeros(tuple(shape), dtype=dtype.torch), layout),
         "zeros_like": lambda value: Registers(torch.zeros_like(plain(value)), value.type.layout),
         "full_like": lambda value, number: Registers(torch.full_like(plain(value), number), value.type.layout),
     }

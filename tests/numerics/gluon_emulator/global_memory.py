@@ -56,7 +56,7 @@ def load(pointer: Pointer, mask: Any = True, other: Any = torch.nan) -> Any:
     return Registers(loaded)
 
 
-def store(pointer: Pointer, value: Any, mask: Registers) -> None:
+def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
     offsets, data = pointer.places(value, mask)
     pointer.memory[offsets] = data.to(pointer.memory.dtype)
 

@@ -54,8 +54,8 @@ class Program:
     current: Program
     pauses = Pauses()
 
-    def __init__(self, program_idx: int, grid: tuple[int, ...]) -> None:
-        self.program_idx, self.grid = program_idx, grid
+    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...]) -> None:
+        self.place, self.grid = place, grid
         self.changed = threading.Condition()
         self.waiting: dict[str, tuple[str, Callable[[], bool]]] = {}
         """Partition -> what it waits for."""
@@ -86,7 +86,7 @@ class Program:
                 )
                 if nobody_goes_on or time.monotonic() > until:
                     waits = "; ".join(f"{name} for {what}" for name, (what, _) in self.waiting.items())
-                    raise KernelError(f"everyone waits in program {self.program_idx}: {waits}")
+                    raise KernelError(f"everyone waits in program {self.place}: {waits}")
                 self.changed.wait(1.0)
             del self.waiting[me()]
             if then is not None:

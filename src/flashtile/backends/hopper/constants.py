@@ -13,5 +13,8 @@ STATISTICS_ROWS = 128
 Packed, sequence b starts at block b + q_begin // STATISTICS_ROWS, which leaves every sequence the blocks it needs.
 """
 
+PARTS = 32
+"""How many parts of a row's keys are combined at a time."""
+
 SUM_ROWS = 16
 """The sums of d_q lie in blocks of so many rows, those of one warp's product; sequences start as above."""

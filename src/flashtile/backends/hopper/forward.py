@@ -12,6 +12,8 @@
 | max_log2, row_sums | softmax statistics: the maximum [64], and each thread's part of the sum [64, 4], float32 |
 | acc | the output before normalisation [64, BLOCK_DV] in registers, float32 |
 
+Where keys are split, a share has one part of them, and its results go to memory in float32 for ``combine.py``.
+
 Source: Shah et al. 2024, "FlashAttention-3" (warp specialisation, overlap of softmax and products).
 """
 
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives import scores
-from flashtile.backends.hopper.primitives.addressing import RowNumbers, find_sequence, row_offset
+from flashtile.backends.hopper.primitives.addressing import RowNumbers, find_sequence, row_offset, stored_sequence
 from flashtile.backends.hopper.primitives.channel import fill, make_channel, receive, release
 from flashtile.backends.hopper.primitives.gluon_compat import (
     barrier,
@@ -36,7 +38,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     zeros,
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
-from flashtile.backends.hopper.primitives.masking import TileRange, is_full, is_unlimited, kv_tiles
+from flashtile.backends.hopper.primitives.masking import TileRange, is_full, is_unlimited, kv_tiles, part_of
 from flashtile.backends.hopper.primitives.online_softmax import (
     INF,
     finish,
@@ -48,6 +50,7 @@ from flashtile.backends.hopper.primitives.online_softmax import (
 from flashtile.backends.hopper.primitives.scheduling import (
     END,
     Schedule,
+    Splits,
     Work,
     make_share_channel,
     next_share,
@@ -106,7 +109,7 @@ class Sums(NamedTuple):
     p_operand: Any
 
 
-@jit(do_not_specialize=["seqlen_q", "seqlen_kv", "batch", "heads_alone", "heads_per_group", "lse_length"])
+@jit(do_not_specialize=["seqlen_q", "seqlen_kv", "batch", "heads_alone", "heads_per_group", "lse_length", "num_splits"])
 def attention_forward(
     q_desc,
     k_desc,
@@ -122,6 +125,7 @@ def attention_forward(
     batch,
     heads_alone,
     heads_per_group,
+    num_splits,
     counter,
     seqlen_q,
     seqlen_kv,
@@ -148,8 +152,11 @@ def attention_forward(
         out_tiles = gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, OUT_COLS], out_layout)
     fence_async_shared()
 
+    splits = None
+    if num_splits is not None:
+        splits = Splits(num_splits, batch)
     num_tiles = gl.cdiv(seqlen_q, NUM_CONSUMERS * ROWS)
-    schedule = Schedule(num_tiles, batch * heads.num_q, heads_alone, heads_per_group, counter)
+    schedule = Schedule(num_tiles, batch * heads.num_q, heads_alone, heads_per_group, counter, splits)
     lse = RowNumbers(lse_ptr, heads.num_q, lse_length)
     call = Call(rules, sequences, heads, schedule, seqlen_q, seqlen_kv)
     results = Results(out_desc, out_tiles, out_matrix, lse, sink_ptr)
@@ -186,8 +193,9 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
         if block_begin < sequence.seqlen_q:
-            send_share(shares, turn, work)
+            send_share(shares, turn, work, call.schedule.splits)
             tiles = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
+            tiles = part_of(tiles, call.schedule.splits, work.split_idx)
             kv_head_idx = work.head_idx // call.heads.per_kv
             row = sequence.q_begin + block_begin
             for part in static_range(NUM_CONSUMERS):
@@ -205,7 +213,7 @@ def load(call, shares, q, k, v, q_desc, k_desc, v_desc, NUM_CONSUMERS: gl.conste
             turn += 1
         else:
             share_idx = next_share(call.schedule)
-    send_share(shares, turn, Work(END, 0, 0))
+    send_share(shares, turn, Work(END, 0, 0, 0), call.schedule.splits)
 
 
 @jit
@@ -242,15 +250,17 @@ def softmax_and_pv(
         if next_part == 0:
             pass_turn(0)
     step, turn = 0, 0
-    work = receive_share(shares, 0)
+    work = receive_share(shares, 0, call.schedule.splits)
     while work.tile_idx != END:
         sequence = find_sequence(call.sequences, work.batch_idx, call.seqlen_q, call.seqlen_kv)
         block_begin = work.tile_idx * BLOCK_Q
         q_begin = block_begin + part * ROWS
         visited = visited_tiles(call.rules.window, sequence, block_begin, BLOCK_Q, BLOCK_KV)
+        visited = part_of(visited, call.schedule.splits, work.split_idx)
         tiles = visited_tiles(call.rules.window, sequence, q_begin, ROWS, BLOCK_KV)
         end = gl.minimum(tiles.end, visited.end)
-        if NUM_CONSUMERS == 3:  # 192 divides few lengths: rows behind the end see nothing
+        # Rows behind the end see nothing: 192 divides few lengths, and who splits keys has few queries.
+        if NUM_CONSUMERS == 3 or call.schedule.splits is not None:
             end = gl.where(q_begin < sequence.seqlen_q, end, 0)
         last = gl.maximum(end - 1, visited.begin)
         num_hidden = visited.end - 1 - last
@@ -291,19 +301,20 @@ def softmax_and_pv(
         row_max = gl.convert_layout(gl.max(sums.max_log2, 1), rows_of(S))
         factor, lse = finish(row_max, row_sum, results.sink_ptr, work.head_idx)
         row = q_begin + gl.arange(0, ROWS, rows_of(S))
-        place = row_offset(results.lse, sequence, work.head_idx, row)
+        stored = stored_sequence(sequence, call.schedule.splits, work.split_idx)
+        place = row_offset(results.lse, stored, work.head_idx, row)
         gl.store(results.lse.ptr + place, lse, mask=row < sequence.seqlen_q)
         acc = warpgroup_mma_wait(0, deps=[acc_token])
         release(v, step)
-        out = rescaled(acc, factor).to(dtype)
+        out = rescaled(acc, factor).to(results.matrix.ptr.dtype.element_ty)
         if results.desc is not None:
-            store_out(results, part, out, sequence.buffer_idx, work.head_idx, q_begin)
+            store_out(results, part, out, stored.buffer_idx, work.head_idx, q_begin)
         else:
             first, num_rows = sequence.q_begin + q_begin, sequence.seqlen_q - q_begin
-            store_rows(results.matrix, out, sequence.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
+            store_rows(results.matrix, out, stored.buffer_idx, work.head_idx, first, num_rows, HEAD_DIM_V)
         step += 1
         turn += 1
-        work = receive_share(shares, turn)
+        work = receive_share(shares, turn, call.schedule.splits)
     if results.desc is not None:
         tma.store_wait(0)
 

@@ -19,6 +19,7 @@ from flashtile.backends.hopper.arguments import tma_ready
 from flashtile.backends.hopper.backward import attention_backward
 from flashtile.backends.hopper.backward_narrow import attention_backward_narrow
 from flashtile.backends.hopper.backward_wide import attention_backward_wide
+from flashtile.backends.hopper.combine import attention_combine
 from flashtile.backends.hopper.constants import LOG2_E, ROWS, STATISTICS_ROWS, SUM_ROWS
 from flashtile.backends.hopper.forward import attention_forward
 from flashtile.backends.hopper.plan import (
@@ -33,13 +34,21 @@ from flashtile.backends.hopper.plan import (
     widths,
 )
 from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
-from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, operands_of, result_maker, shortest
-from flashtile.backends.relaunch import Relaunch
+from flashtile.backends.launcher import (
+    MOST_FORMS,
+    KernelLauncher,
+    operands_of,
+    result_maker,
+    shortest,
+    tensor_maker,
+)
+from flashtile.backends.relaunch import Relaunch, Relaunches
 from flashtile.spec import devices
 from flashtile.spec.operands import Operands, tensors_of
 from flashtile.spec.problem import AttentionProblem
 
 _FORWARD = KernelLauncher(attention_forward)
+_COMBINE = KernelLauncher(attention_combine)
 _ROW_STATISTICS = KernelLauncher(attention_row_statistics)
 _SCALE_D_Q = KernelLauncher(attention_scale_d_q)
 
@@ -75,9 +84,9 @@ def forward_again(
 
 def _forward(
     problem: AttentionProblem, operands: Operands, plan: Plan
-) -> tuple[tuple[Tensor, Tensor], Relaunch | None]:
+) -> tuple[tuple[Tensor, Tensor], Relaunch | Relaunches | None]:
     """(out, lse), and what launches the same with other tensors, unless those have to be copied first."""
-    out, lse, counter = _results_of(problem, plan, operands.q.device)()
+    out, lse, *others = _results_of(problem, plan, operands.q.device)()
     if problem.layout == "varlen":  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
@@ -88,22 +97,30 @@ def _forward(
     ready = [tma_ready(tensor) for tensor in (q, operands.k, operands.v)]
     is_copied = any(map(operator.is_not, ready, (q, operands.k, operands.v)))
     operands = replace(operands, **dict(zip("qkv", ready, strict=True)))
-    launch = _launch_forward(computed, operands, rows, lse.view(computed.lse_shape), counter, plan)
+    tensors = (*tensors_of(operands), rows, lse.view(computed.lse_shape), *others)
+    with device_of(operands.q):
+        launch: Relaunch | Relaunches | None = _launch_forward(computed, tensors, plan)
+        if plan.forward.companions:
+            second = _launch_combine(computed, tensors, plan)
+            launch = None if launch is None or second is None else Relaunches(launch, second)
     return (out, lse), None if is_copied else launch
 
 
-def _launch_forward(
-    computed: AttentionProblem, operands: Operands, out: Tensor, lse: Tensor, counter: Tensor, plan: Plan
-) -> Relaunch | None:
-    """Fills ``out`` and ``lse``; returns what launches the same with other tensors."""
-    tiles = plan.forward.tiles
-    assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
+def _launch_forward(computed: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
+    """Fills out and lse, or those of the parts of the keys; returns what launches the same with other tensors.
+
+    Args:
+        tensors: the operands, and what ``_results_of`` makes.
+    """
+    tiles = _tiles_of(plan)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
-        operands, results = operands_of(tensors)
-        out, lse, counter = results
+        operands, (out, lse, counter, *parts) = operands_of(tensors)
+        sinks = operands.sinks
+        if parts:  # which have no sink, or it would count in each
+            out, lse, sinks = *parts, None
         width, width_v = widths(computed)
-        columns = out_columns(computed)
+        columns = out_columns(computed, tiles)
         return (
             arguments.descriptor(operands.q, ROWS, width),
             arguments.descriptor(operands.k, tiles.block_kv, width),
@@ -112,52 +129,88 @@ def _launch_forward(
             arguments.matrix(out),
             lse,
             lse.shape[-1],
-            operands.sinks,
+            sinks,
             arguments.score_rules(computed, operands),
             Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
             Heads(computed.heads_q, computed.heads_per_kv),
             computed.batch,
             *order_of_heads(computed, tiles, devices.detect(out.device)),
+            tiles.num_splits if parts else None,
             counter,
             computed.seqlen_q,
             computed.seqlen_kv,
         )
 
     consumer_registers, loader_registers = _REGISTERS[tiles.num_consumers]
-    with device_of(operands.q):
-        return _FORWARD(
-            (computed, tiles),
-            plan.forward.grid,
-            (*tensors_of(operands), out, lse, counter),
-            kernel_arguments,
-            num_warps=4,
-            HEAD_DIM_V=computed.head_dim_v,
-            BLOCK_KV=tiles.block_kv,
-            NUM_CONSUMERS=tiles.num_consumers,
-            NUM_Q_SLOTS=num_q_slots(computed),
-            NUM_STAGES=tiles.num_stages,
-            IN_TURN=tiles.is_in_turn,
-            CONSUMER_REGISTERS=consumer_registers,
-            LOADER_REGISTERS=loader_registers,
+    return _FORWARD(
+        (computed, tiles),
+        plan.forward.grid,
+        tensors,
+        kernel_arguments,
+        num_warps=4,
+        HEAD_DIM_V=computed.head_dim_v,
+        BLOCK_KV=tiles.block_kv,
+        NUM_CONSUMERS=tiles.num_consumers,
+        NUM_Q_SLOTS=num_q_slots(computed),
+        NUM_STAGES=tiles.num_stages,
+        IN_TURN=tiles.is_in_turn,
+        CONSUMER_REGISTERS=consumer_registers,
+        LOADER_REGISTERS=loader_registers,
+    )
+
+
+def _launch_combine(computed: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
+    """Fills out and lse from those of the parts; as ``_launch_forward``."""
+    tiles = _tiles_of(plan)
+
+    def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
+        operands, (out, lse, _counter, out_parts, lse_parts) = operands_of(tensors)
+        return (
+            out_parts,
+            lse_parts,
+            tiles.num_splits,
+            operands.sinks,
+            arguments.matrix(out),
+            lse,
         )
+
+    (combine,) = plan.forward.companions
+    return _COMBINE(
+        (computed, tiles),
+        combine.grid,
+        tensors,
+        kernel_arguments,
+        num_warps=4,
+        HEAD_DIM_V=computed.head_dim_v,
+        BLOCK_DV=widths(computed)[1],
+    )
+
+
+def _tiles_of(plan: Plan) -> ForwardTiles:
+    tiles = plan.forward.tiles
+    assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
+    return tiles
 
 
 @lru_cache(maxsize=MOST_FORMS)
-def _results_of(
-    problem: AttentionProblem, plan: Plan, device: torch.device
-) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """Makes out, lse and the counter of the shares that programs take after their first one.
+def _results_of(problem: AttentionProblem, plan: Plan, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """Makes out, lse, the counter of the shares that programs take after their first one, and out and lse of parts.
 
-    Without any such share nobody reads the counter, and one that holds anything will do.
+    Without any such share nobody reads the counter, and one that holds anything will do. Parts of the keys have results
+    [parts * batch, ..] of what ``forward_problem`` says, float32.
     """
-    tiles = plan.forward.tiles
-    assert isinstance(tiles, ForwardTiles), "the planner of this backend makes these"
-    is_read = num_shares(forward_problem(problem), tiles) > plan.forward.grid[0]
+    tiles, computed = _tiles_of(plan), forward_problem(problem)
+    is_read = num_shares(computed, tiles) > plan.forward.grid[0]
     unread = None if is_read else _unread_counter(device)
     make_two = result_maker(problem, device)
+    makers: list[Callable[[], Tensor]] = []
+    if tiles.num_splits > 1:
+        of_parts = replace(computed, batch=tiles.num_splits * computed.batch)
+        makers = [tensor_maker(shape, torch.float32, device) for shape in (of_parts.out_shape, of_parts.lse_shape)]
 
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        return (*make_two(), torch.zeros(1, dtype=torch.int32, device=device) if unread is None else unread)
+    def make() -> tuple[Tensor, ...]:
+        counter = torch.zeros(1, dtype=torch.int32, device=device) if unread is None else unread
+        return (*make_two(), counter, *(make_one() for make_one in makers))
 
     return make
 

@@ -8,7 +8,7 @@ import torch
 
 from flashtile.backends import gpu
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
-from flashtile.backends.hopper.constants import ROWS
+from flashtile.backends.hopper.constants import PARTS, ROWS
 from flashtile.spec import units
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
@@ -18,6 +18,10 @@ DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD_DIM = 256
 LONGEST = 2**30
 """Positions, and sums of two of them, are 32-bit integers in the kernels."""
+FEWEST_KEYS = 512
+FEWEST_KEYS_PER_QUERY = 32
+"""Of a part of the keys of so many queries: at most a 16th of the bytes of K and V is then written and read as float32
+results of parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,8 @@ class ForwardTiles(TileConfig):
     """Whether causal calls finish one head after the other, and not groups of heads whose K and V the cache holds."""
     share_of_l2: int = 1
     """Of such a group: a half, a quarter..., as 2, 4..."""
+    num_splits: int = 1
+    """The parts that the keys of a share are cut into, each a share of its own."""
 
     @property
     def num_consumers(self) -> int:
@@ -150,12 +156,28 @@ def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
     reason = f"{tiles.num_consumers} warpgroups of {ROWS} rows, {tiles.num_stages} stages"
     if computed is not problem:
         reason += f"; {problem.heads_per_kv} heads that share K and V are rows of a tile"
+    companions: tuple[KernelPlan, ...] = ()
+    if (parts := num_splits(computed, tiles, device)) > 1:
+        tiles = replace(tiles, num_splits=parts)
+        reason += f"; keys in {parts} parts"
+        companions = (_combine(computed, tiles),)
     return KernelPlan(
         kernel="forward",
         tiles=tiles,
         grid=(min(num_shares(computed, tiles), device.num_sms),),
         shared_memory_bytes=forward_shared_memory_bytes(computed, tiles),
         reason=reason,
+        companions=companions,
+    )
+
+
+def _combine(computed: AttentionProblem, tiles: ForwardTiles) -> KernelPlan:
+    return KernelPlan(
+        kernel="combine",
+        tiles=TileConfig(block_q=1, block_kv=PARTS),
+        grid=(computed.batch, computed.heads_q, computed.seqlen_q),
+        shared_memory_bytes=0,
+        reason=f"{tiles.num_splits} parts of each row, {PARTS} at a time",
     )
 
 
@@ -187,8 +209,27 @@ def backward_kernel(problem: AttentionProblem) -> str:
 
 
 def num_shares(computed: AttentionProblem, tiles: ForwardTiles) -> int:
-    """Blocks of queries in all heads, of what ``forward_problem`` says."""
-    return -(-computed.seqlen_q // tiles.block_q) * computed.heads_q * computed.batch
+    """Blocks of queries in all heads, of what ``forward_problem`` says, times the parts of their keys."""
+    return -(-computed.seqlen_q // tiles.block_q) * computed.heads_q * computed.batch * tiles.num_splits
+
+
+def num_splits(computed: AttentionProblem, tiles: ForwardTiles, device: DeviceSpec) -> int:
+    """Into how many parts the keys of a share are cut: as many as give each SM at most one share of a sequence.
+
+    A sequence decides alone, for its result not to depend on how many there are beside it. So packed ones, whose
+    lengths nobody knows but the GPU, are not split. See docs/kernels/hopper_forward.md.
+    """
+    if computed.layout == "varlen":
+        return 1
+    left, right = computed.mask.left, computed.mask.right
+    num_queries, num_keys = min(computed.seqlen_q, tiles.block_q), computed.seqlen_kv
+    if left is not None and right is not None:
+        num_keys = min(num_keys, left + num_queries + right)
+    fewest_keys = max(FEWEST_KEYS, FEWEST_KEYS_PER_QUERY * num_queries)
+    most = min(device.num_sms * computed.batch // num_shares(computed, tiles), num_keys // fewest_keys)
+    num_tiles = -(-num_keys // tiles.block_kv)
+    tiles_of_a_part = -(-num_tiles // max(most, 1))
+    return -(-num_tiles // tiles_of_a_part)
 
 
 def order_of_heads(computed: AttentionProblem, tiles: ForwardTiles, device: DeviceSpec) -> tuple[int, int]:
@@ -223,16 +264,19 @@ def num_q_slots(problem: AttentionProblem) -> int:
     return 2 if widths(problem)[0] <= 128 else 1
 
 
-def out_columns(problem: AttentionProblem) -> int:
-    """The columns of the output that go through shared memory at a time; 0 if it goes straight, as packed ones do."""
-    if problem.layout == "varlen" or problem.head_dim_v % 8:
+def out_columns(problem: AttentionProblem, tiles: ForwardTiles) -> int:
+    """The columns of the output that go through shared memory at a time; 0 if it goes straight.
+
+    As packed ones do, and those of parts of the keys.
+    """
+    if problem.layout == "varlen" or problem.head_dim_v % 8 or tiles.num_splits > 1:
         return 0
     return min(widths(problem)[1], 128)
 
 
 def forward_shared_memory_bytes(problem: AttentionProblem, tiles: ForwardTiles) -> int:
     (width, width_v), itemsize = widths(problem), problem.dtype.itemsize
-    columns_q = num_q_slots(problem) * width + out_columns(problem)
+    columns_q = num_q_slots(problem) * width + out_columns(problem, tiles)
     return (tiles.block_q * columns_q + tiles.num_stages * tiles.block_kv * (width + width_v)) * itemsize
 
 

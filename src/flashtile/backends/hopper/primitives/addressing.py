@@ -56,6 +56,16 @@ def find_sequence(sequences, batch_idx, seqlen_q, seqlen_kv):
 
 
 @jit
+def stored_sequence(sequence, splits, split_idx):
+    """The sequence in tensors of results, which have ``batch`` entries for each part of the keys."""
+    if splits is None:
+        return sequence
+    else:
+        buffer_idx = split_idx * splits.batch + sequence.buffer_idx
+        return Sequence(buffer_idx, sequence.q_begin, sequence.kv_begin, sequence.seqlen_q, sequence.seqlen_kv)
+
+
+@jit
 def row_offset(row_numbers, sequence, head_idx, row_idx):
     """Where the number of a query row of a head lies; the buffer of packed sequences has index 0."""
     line = gl.to_tensor(sequence.buffer_idx * row_numbers.num_heads + head_idx).to(gl.int64)

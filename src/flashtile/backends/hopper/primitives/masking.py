@@ -65,6 +65,21 @@ def is_unlimited(window):
 
 
 @jit
+def part_of(tiles, splits, split_idx):
+    """The tiles of one part of those that a block visits: all without ``splits``, else at least one.
+
+    The last parts may have nothing left. They get a tile behind all that the block visits, of which no row sees a key.
+    """
+    if splits is None:
+        return tiles
+    else:
+        num_tiles = gl.cdiv(tiles.end - tiles.begin, splits.num)
+        begin = tiles.begin + split_idx * num_tiles
+        end = gl.maximum(gl.minimum(begin + num_tiles, tiles.end), begin + 1)
+        return TileRange(begin, tiles.full_begin, tiles.full_end, end)
+
+
+@jit
 def is_full(tiles, tile_idx):
     """Whether every pair of the tile is visible."""
     return (tile_idx >= tiles.full_begin) & (tile_idx < tiles.full_end)

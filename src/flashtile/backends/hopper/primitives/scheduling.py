@@ -16,6 +16,14 @@ END = gl.constexpr(-1)
 """The tile of the share that does not exist."""
 
 
+class Splits(NamedTuple):
+    """The keys of every tile in ``num`` parts, each a share of its own."""
+
+    num: Any
+    batch: Any
+    """So many sequences have their results of one part before those of the next."""
+
+
 class Schedule(NamedTuple):
     """``num_tiles`` tiles for each of ``num_heads`` heads (of all sequences).
 
@@ -29,19 +37,26 @@ class Schedule(NamedTuple):
     group: Any
     counter: Any
     """How many shares were taken beyond the programs' first ones: 0 at the start; not read if those are all."""
+    splits: Any
+    """``None`` if a share has all keys of its tile."""
 
 
 class Work(NamedTuple):
-    """One share: a tile of one head of one sequence."""
+    """One share: a tile of one head of one sequence, and a part of its keys (0 if they are not split)."""
 
     tile_idx: Any
     head_idx: Any
     batch_idx: Any
+    split_idx: Any
 
 
 @jit
 def num_shares(schedule):
-    return schedule.num_tiles * schedule.num_heads
+    whole = schedule.num_tiles * schedule.num_heads
+    if schedule.splits is None:
+        return whole
+    else:
+        return whole * schedule.splits.num
 
 
 @jit
@@ -60,6 +75,10 @@ def share(schedule, share_idx, heads_per_sequence, LAST_FIRST: gl.constexpr):
     Args:
         LAST_FIRST: the later tiles of a head have more to do (query tiles of causal attention).
     """
+    split_idx = 0
+    if schedule.splits is not None:
+        split_idx = share_idx % schedule.splits.num
+        share_idx = share_idx // schedule.splits.num
     first_head, size = 0, 1
     if share_idx >= schedule.num_alone * schedule.num_tiles:
         first_head, size = schedule.num_alone, schedule.group
@@ -71,7 +90,7 @@ def share(schedule, share_idx, heads_per_sequence, LAST_FIRST: gl.constexpr):
     if LAST_FIRST:
         tile_idx = schedule.num_tiles - 1 - tile_idx
     head = first_head + within % group
-    return Work(tile_idx, head % heads_per_sequence, head // heads_per_sequence)
+    return Work(tile_idx, head % heads_per_sequence, head // heads_per_sequence, split_idx)
 
 
 @jit
@@ -83,21 +102,27 @@ def make_share_channel(NUM_READERS: gl.constexpr):
 
 
 @jit
-def send_share(shares, turn, work):
+def send_share(shares, turn, work, splits):
     """From one warp, which has divided the index, so that readers need not; the tile ``END`` is sent last."""
     place = gl.arange(0, 4, number_layout(1))
-    numbers = gl.where(place == 0, work.tile_idx, gl.where(place == 1, work.head_idx, work.batch_idx))
+    last = work.batch_idx
+    if splits is not None:
+        last = gl.where(place == 2, work.batch_idx, work.split_idx)
+    numbers = gl.where(place == 0, work.tile_idx, gl.where(place == 1, work.head_idx, last))
     slot_to_fill(shares, turn).store(numbers)
     mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
 
 
 @jit
-def receive_share(shares, turn):
+def receive_share(shares, turn, splits):
     layout: gl.constexpr = everywhere_layout(4, 4)
     numbers = receive(shares, turn).load(layout)
     release(shares, turn)
     place = gl.arange(0, 4, layout)
-    return Work(number_at(numbers, place, 0), number_at(numbers, place, 1), number_at(numbers, place, 2))
+    split_idx = 0
+    if splits is not None:
+        split_idx = number_at(numbers, place, 3)
+    return Work(number_at(numbers, place, 0), number_at(numbers, place, 1), number_at(numbers, place, 2), split_idx)
 
 
 @jit

@@ -36,8 +36,13 @@ def halves(tile):
 
 @jit
 def store_rows(matrix, tile, batch_idx, head_idx, row_idx, num_rows, NUM_COLS: gl.constexpr):
-    """Stores the first ``num_rows`` rows and NUM_COLS columns of a tile in registers, from row ``row_idx`` on."""
-    layout: gl.constexpr = row_layout(tile.shape[1]) if tile.shape[1] <= 128 else tile.type.layout
+    """Stores the first ``num_rows`` rows and NUM_COLS columns of a tile in registers, from row ``row_idx`` on.
+
+    As products lie, four threads have 8 numbers side by side: too few of 16 bits to be written well, and just enough of
+    32. To change that takes shared memory, which wide tiles leave none of.
+    """
+    is_narrow: gl.constexpr = tile.shape[1] <= 128 and tile.dtype.primitive_bitwidth == 16
+    layout: gl.constexpr = row_layout(tile.shape[1]) if is_narrow else tile.type.layout
     tile = gl.convert_layout(tile, layout)
     rows = gl.arange(0, tile.shape[0], rows_of(layout))
     cols = gl.arange(0, tile.shape[1], cols_of(layout))

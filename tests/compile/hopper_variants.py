@@ -87,7 +87,7 @@ def split(**options: Any) -> dict[str, CallSpec]:
     """Few queries and many keys at each width: heads as rows, and rows that see fewer keys than others."""
     found: dict[str, CallSpec] = {}
     for width in sorted({width for width, _ in plan._FORWARD}):
-        spec = replace(PLAIN, head_dim=width, head_dim_v=width, lengths_q=(1,), lengths_kv=(2000,))
+        spec = replace(PLAIN, head_dim=width, head_dim_v=width, lengths_q=(1,), lengths_kv=(2100,))
         if options:
             found[f"{width}, split"] = taken(replace(spec, lengths_q=(9,), **options))
         else:
@@ -116,7 +116,7 @@ def lengths() -> dict[str, CallSpec]:
         )
         for length, batch in ((2, 1), (63, 1), (64, 3), (1000, 2), (1024, 16), (1025, 3), (2048, 16))
     }
-    for seqlen_q, seqlen_kv, batch in ((2, 1025, 1), (15, 8192, 3), (128, 12345, 1)):  # 2, 16 and 3 parts
+    for seqlen_q, seqlen_kv, batch in ((2, 2049, 1), (15, 8192, 3), (128, 12345, 1)):  # 4, 16 and 6 parts
         name = f"split {batch} of {seqlen_q}, {seqlen_kv}"
         found[name] = replace(spec, lengths_q=(seqlen_q,) * batch, lengths_kv=(seqlen_kv,) * batch)
     spec = replace(spec, is_packed=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from variants_process import MOST_SPILLED, NEWEST, as_table, check_memory, needs_newest, variants
+from variants_process import NEWEST, as_table, check_memory, needs_newest, variants
 
 from flashtile.spec import devices
 

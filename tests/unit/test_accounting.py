@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashtile
 from flashtile.spec import accounting, devices, masks, sizes
-from flashtile.spec.accounting import Direction, SplitBackward, Tiling
+from flashtile.spec.accounting import Direction
 from flashtile.spec.problem import AttentionProblem
+from flashtile.spec.tiling import SplitBackward, Tiling
 from flashtile.testing import peak_extra_bytes
 
 SHAPE: dict[str, Any] = {"batch": 2, "seqlen_q": 37, "seqlen_kv": 53, "heads_q": 4, "heads_kv": 2, "head_dim": 16}
@@ -412,6 +413,7 @@ def test_the_shares_of_a_bias_gradient_are_counted(dtype: torch.dtype) -> None:
 def test_triton_holds_what_is_said_to_the_byte() -> None:
     script = """
 import torch, flashtile
+from flashtile.spec.tiling import SplitBackward, Tiling
 from flashtile.testing import peak_extra_bytes
 
 for dtype in (torch.float16, torch.float32):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
 from flashtile.backends.hopper.plan import ForwardTiles
 from flashtile.backends.triton.constants import STATISTICS_ROWS
-from flashtile.spec.accounting import Direction, SplitBackward, Tiling
+from flashtile.spec.accounting import Direction
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
+from flashtile.spec.tiling import SplitBackward, Tiling
 
 ASSUMED_TILES = TileConfig(block_q=128, block_kv=128)
 """What the tiled column assumes where no backend that tiles takes the problem."""

@@ -171,6 +171,7 @@ def test_a_run_of_models_shows_claims_limits_and_where_memory_ended() -> None:
         in found.summary
     )
     assert "1.03x to 1.26x as fast as with torch's default." in found.summary
+    assert found.summary.endswith(" The largest batch: 2.0x as large as with the naive formula, to train.")
     claims = table_with(found, "claim")
     assert claims.rows[0][0].text == "small (12 layers) at 512 tokens: 100 ms → 25 ms (4x faster)"
     assert [cell.text for cell in claims.rows[0][1:3]] == ["40.0 ms → 32.0 ms (1.25x) at batch 2", "no"]
@@ -188,6 +189,28 @@ def test_a_run_of_models_shows_claims_limits_and_where_memory_ended() -> None:
         "Time, small",
         "Peak memory, small",
     ]
+
+
+def test_a_run_that_asked_for_limits_alone_tells_of_these() -> None:
+    run = measured.models()
+    ours, naive, _ = run.limits
+    longest = replace(ours.case, axis="seqlen", other=1)
+    limits = (
+        *(ours, naive),
+        replace(ours, case=longest, largest=9000, too_large=9100),
+        replace(naive, case=longest, status="tried", largest=3000, too_large=3100),
+        replace(ours, case=replace(longest, size="large")),  # of the naive one nobody knows
+        replace(naive, case=replace(longest, size="large"), status="tried", too_large=None),
+    )
+    found = models.section("a.json", "run-1", replace(run, rows=(), limits=limits))
+    assert found.lead == "The largest training steps that fit."
+    assert found.summary == (
+        "The largest sequence: 3.0x as long as with the naive formula, to train. "
+        "The largest batch: 2.0x as large as with the naive formula, to train."
+    )
+    (headline,) = found.headlines
+    assert (headline.value, headline.detail) == ("3.0x", "9,000 tokens instead of 3,000: small, batch 1")
+    assert [part.heading for part in found.parts if part.tables] == ["The largest training step that fits"]
 
 
 @pytest.mark.parametrize("is_counted", [True, False])
@@ -226,11 +249,17 @@ def test_every_section_says_where_its_figures_come_from(
     assert found.facts["software"] == "python 3.12.3, torch 2.11.0, flashtile 0.1.0"
 
 
+def of_peer(run: Any, peer: str) -> Any:
+    """What a run has of one peer."""
+    fields = {"rows", "limits"} & {field.name for field in dataclasses.fields(run)}
+    return replace(run, **{name: tuple(row for row in getattr(run, name) if row.peer == peer) for name in fields})
+
+
 @pytest.mark.parametrize(("section", "make"), MAKERS, ids=["kernels", "models", "io"])
 def test_an_interrupted_run_says_so_and_an_empty_one_claims_nothing(
     section: Callable[..., Section], make: Callable[[], Any]
 ) -> None:
-    empty = section("a.json", "run-1", replace(make(), is_complete=False, rows=()))
+    empty = section("a.json", "run-1", replace(of_peer(make(), "nobody"), is_complete=False))
     assert provenance.INTERRUPTED in empty.warnings
     assert empty.summary == "There is nothing to compare flashtile with in this run."
     assert empty.lead == "No case was finished." and empty.headlines == ()
@@ -243,8 +272,7 @@ def test_an_interrupted_run_says_so_and_an_empty_one_claims_nothing(
 def test_a_run_without_one_side_still_makes_a_page(
     section: Callable[..., Section], make: Callable[[], Any], peer: str
 ) -> None:
-    run = make()
-    alone = section("a.json", "run-1", replace(run, rows=tuple(row for row in run.rows if row.peer == peer)))
+    alone = section("a.json", "run-1", of_peer(make(), peer))
     assert alone.summary == "There is nothing to compare flashtile with in this run."
     page.render("report/report.html", sections=[alone], explanation="")
 

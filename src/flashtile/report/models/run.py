@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from flashtile.bench.baselines import FLASHTILE, SDPA
+from flashtile.bench.baselines import FLASHTILE, NAIVE, SDPA
 from flashtile.bench.models import claims
-from flashtile.bench.models.cases import Mode, ModelCase
+from flashtile.bench.models.cases import LimitCase, Mode, ModelCase
 from flashtile.bench.models.claims import Pair
-from flashtile.bench.results import ModelResults, ModelRow
+from flashtile.bench.results import LimitRow, ModelResults, ModelRow
 
 IN_WORDS: dict[Mode, str] = {"train": "training step", "prefill": "prefill", "decode": "one more token"}
 
@@ -47,3 +47,18 @@ class Run:
     @cached_property
     def modes(self) -> list[Mode]:
         return list(dict.fromkeys(case.mode for case in self.cases))
+
+    @cached_property
+    def growths(self) -> dict[LimitCase, float]:
+        """How many times as much fits with flashtile as with the naive formula, for each question answered for both."""
+        known = {(row.case, row.peer): row.largest for row in self.results.limits if row.largest and _is_known(row)}
+        return {
+            case: largest / known[case, NAIVE]
+            for (case, peer), largest in known.items()
+            if peer == FLASHTILE and (case, NAIVE) in known
+        }
+
+
+def _is_known(row: LimitRow) -> bool:
+    """Whether the search did not end before a failure."""
+    return row.status == "extrapolated" or row.too_large is not None

@@ -35,7 +35,7 @@ def section(source: str, anchor: str, results: ModelResults) -> Section:
                 heading="What people quote, and what was measured",
                 note="The claims go around without a source, a GPU or a batch; what can be judged elsewhere are their "
                 "ratios.",
-                tables=(tables.verdicts(claims.judged(results)),),
+                tables=(tables.verdicts(claims.judged(results)),) if results.rows else (),
             ),
             Part(
                 heading="Over the sequence length",
@@ -80,7 +80,7 @@ def section(source: str, anchor: str, results: ModelResults) -> Section:
 
 def _lead(run: Run) -> str:
     if not run.cases:
-        return "No case was finished."
+        return "The largest training steps that fit." if run.results.limits else "No case was finished."
     lengths = sorted({case.seqlen for case in run.cases})
     span = f"{lengths[0]:,} to {lengths[-1]:,}" if len(lengths) > 1 else f"{lengths[0]:,}"
     sizes = {case.size: case.shape.layers for case in run.cases}
@@ -93,8 +93,6 @@ def _lead(run: Run) -> str:
 
 
 def _summary(run: Run) -> str:
-    if not run.pairs:
-        return "There is nothing to compare flashtile with in this run."
     sentences = []
     for mode in run.modes:
         of = [pair for pair in run.pairs if pair.case.mode == mode]
@@ -116,7 +114,12 @@ def _summary(run: Run) -> str:
     ]
     if only_ours:
         sentences.append(f"In {len(only_ours)} cases the naive formula ran out of memory and flashtile did not.")
-    return " ".join(sentences)
+    for axis, what in (("seqlen", "sequence: {} as long"), ("batch", "batch: {} as large")):
+        growths = [growth for case, growth in run.growths.items() if case.axis == axis]
+        if growths:
+            span = " to ".join(dict.fromkeys(times(growth) for growth in (min(growths), max(growths))))
+            sentences.append(f"The largest {what.format(span)} as with the naive formula, to train.")
+    return " ".join(sentences) or "There is nothing to compare flashtile with in this run."
 
 
 def _span(ratios: Sequence[float]) -> str:
@@ -145,6 +148,17 @@ def _headlines(run: Run) -> tuple[Headline, ...]:
                 detail=f"{best.tiled.peak_mb:,.0f} MB instead of {best.naive.peak_mb:,.0f} MB: {best.case.mode}, "
                 f"{_place(best.case)}",
                 is_behind=best.memory_ratio < 1,
+            )
+        )
+    if growths := {case: growth for case, growth in run.growths.items() if case.axis == "seqlen"}:
+        case, growth = max(growths.items(), key=lambda each: each[1])
+        largest = {row.peer: row.largest for row in run.results.limits if row.case == case}
+        shown.append(
+            Headline(
+                value=times(growth),
+                label="the length of the longest sequence that can be trained, at most",
+                detail=f"{largest[FLASHTILE]:,} tokens instead of {largest[NAIVE]:,}: {case.size}, batch {case.other}",
+                is_behind=growth < 1,
             )
         )
     if ratios := run.speedups_over_sdpa:

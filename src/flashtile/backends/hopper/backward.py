@@ -32,6 +32,7 @@ from flashtile.backends.hopper.backward_parts import (
     Channels,
     Order,
     add_d_q,
+    add_steps,
     clean,
     d_q_product,
     find_work,
@@ -39,7 +40,6 @@ from flashtile.backends.hopper.backward_parts import (
     num_readers,
     release_parts,
     row_numbers,
-    run_of_tiles,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -54,7 +54,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     zeros,
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
-from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
+from flashtile.backends.hopper.primitives.masking import q_tiles
 from flashtile.backends.hopper.primitives.tiles import store_rows
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
@@ -174,21 +174,7 @@ def gradients(
     send(d_s, part, no_s.to(dtype))  # d_q is a step behind: before the first one it adds 0
 
     block = Block(work, k, v, kv_pos, q_idx, d_s, sums)
-    if TWO_LOOPS:
-        step = 0
-        while step < work.num_steps:
-            tile_idx, _head_idx = tile_and_head(work, call, step)
-            num_full, num_partial = run_of_tiles(work, tiles, has_all_keys, tile_idx)
-            for i in range(num_full):
-                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, False, part)
-            for i in range(num_partial):
-                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, True, part)
-            step += num_full + num_partial
-    else:
-        for step in range(work.num_steps):
-            tile_idx, _head_idx = tile_and_head(work, call, step)
-            is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
-            d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
+    d_k, d_v = add_steps(add_step, block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
 
     if work.num_steps > 0:
         d_q_token = d_q_product(d_s, channels.k, work.num_steps, part * Q_COLS, Q_COLS)

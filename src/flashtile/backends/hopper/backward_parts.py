@@ -135,6 +135,44 @@ def run_of_tiles(work, own_tiles, has_all_keys, tile_idx):
 
 
 @jit
+def add_steps(
+    add_step: gl.constexpr,
+    block,
+    call,
+    channels,
+    own_tiles,
+    has_all_keys,
+    d_k,
+    d_v,
+    part: gl.constexpr,
+    TWO_LOOPS: gl.constexpr,
+):
+    """(d_k, d_v) after all steps of a program: in one loop, or those whose tiles are visible everywhere in their own.
+
+    Args:
+        add_step: the kernel's own step.
+        block: a consumer's keys; ``own_tiles`` and ``has_all_keys`` as for ``run_of_tiles``.
+    """
+    work = block.work
+    if TWO_LOOPS:
+        step = 0
+        while step < work.num_steps:
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            num_full, num_partial = run_of_tiles(work, own_tiles, has_all_keys, tile_idx)
+            for i in range(num_full):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, False, part)
+            for i in range(num_partial):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, True, part)
+            step += num_full + num_partial
+    else:
+        for step in range(work.num_steps):
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            is_masked = not (is_full(own_tiles, tile_idx) & has_all_keys)
+            d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
+    return d_k, d_v
+
+
+@jit
 def load(call, channels, loads):
     q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc = loads
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]

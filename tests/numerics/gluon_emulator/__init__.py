@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gluon_emulator.global_memory import Pointer, TensorDescriptor, add, atomic_add, load, store
+from gluon_emulator.global_memory import Pointer, TensorDescriptor, add, atomic_add, atomic_xchg, load, store
 from gluon_emulator.program import Pauses, Program, arrive, pass_turn, take_turn, wait
 from gluon_emulator.ptx import NUM_LANES, NUM_WARPS, KernelError, by_thread, from_threads, run_ptx
 from gluon_emulator.registers import (
@@ -148,6 +148,7 @@ def _language() -> dict[str, Any]:
         "load": load,
         "store": store,
         "atomic_add": atomic_add,
+        "atomic_xchg": atomic_xchg,
         "to_tensor": as_scalar,
         "cast": lambda value, dtype: as_scalar(value).to(dtype),
         "reshape": lambda value, shape: value.reshape(shape),

@@ -75,6 +75,13 @@ def atomic_add(pointer: Pointer, value: int, sem: str) -> Any:
     return before
 
 
+def atomic_xchg(pointer: Pointer, value: int, sem: str) -> Any:
+    offset = int(pointer.offset)
+    before = as_scalar(pointer.memory[offset].item())
+    pointer.memory[offset] = value
+    return before
+
+
 class TensorDescriptor:
     base: Tensor
     shape: list[int]

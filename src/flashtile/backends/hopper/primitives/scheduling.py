@@ -36,7 +36,7 @@ class Schedule(NamedTuple):
     num_alone: Any
     group: Any
     counter: Any
-    """How many shares were taken beyond the programs' first ones: 0 at the start; not read if those are all."""
+    """How many shares were drawn beyond the programs' first ones: 0 before and after; not read if those are all."""
     splits: Any
     """``None`` if a share has all keys of its tile."""
 
@@ -61,10 +61,17 @@ def num_shares(schedule):
 
 @jit
 def next_share(schedule):
-    """The index of a further share for a program; one that is not below ``num_shares`` does not exist."""
+    """Draws the index of a further share for a program; one that is not below ``num_shares`` does not exist.
+
+    Every share but the programs' first ones is drawn once, and every program stops at the first index that does not
+    exist: as many draws as there are shares. Whoever draws last sets the counter back to 0, for the next launch.
+    """
     share_idx = num_shares(schedule)
     if share_idx > gl.num_programs(0):
-        share_idx = gl.num_programs(0) + gl.atomic_add(schedule.counter, 1, sem="relaxed")
+        num_drawn = 1 + gl.atomic_add(schedule.counter, 1, sem="relaxed")
+        if num_drawn == share_idx:
+            gl.atomic_xchg(schedule.counter, 0, sem="relaxed")  # a store makes ptxas spill more, of full calls at 256
+        share_idx = gl.num_programs(0) + num_drawn - 1
     return share_idx
 
 

@@ -31,6 +31,8 @@ from flashtile.testing import Call, CallSpec, Results, assert_results_within_bud
 gluon_emulator.install()
 launch = import_module("flashtile.backends.hopper.launch")
 forward = import_module("flashtile.backends.hopper.forward")
+scheduling = import_module("flashtile.backends.hopper.primitives.scheduling")
+vars(launch)["_counter"] = launch._counter_of_default_stream  # one for all calls
 
 NUM_SMS = (2, 132)
 """Two programs share the work one by one; with 132 a program has one share, as short calls do on an H200."""
@@ -153,6 +155,11 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "the product of S is not waited for": {
         "warpgroup_mma_wait": lambda most, deps, wait=forward.warpgroup_mma_wait: wait(2 * most, deps=deps)
     },
+    "the counter is not set back": {
+        "next_share": lambda schedule: (
+            scheduling.gl.num_programs(0) + scheduling.gl.atomic_add(schedule.counter, 1, sem="relaxed")
+        )
+    },
 }
 """Mistake -> names of ``forward.py`` that make it."""
 
@@ -212,6 +219,8 @@ def run(spec: CallSpec, num_sms: int, *, has_gradients: bool = False, has_two_lo
             found = launch.backward(problem, operands, Saved(out=out, lse=lse), d_out, d_lse, made)
     named = {name: gradient for name in call.differentiable if (gradient := getattr(found, name)) is not None}
     results = Results(out=out, lse=lse, gradients=named)
+    num_drawn = int(launch._counter(call.q.device))
+    assert num_drawn == 0, f"the counter of shares was left at {num_drawn}"
     assert_results_within_budget(results, spec.build(), d_out=d_out, d_lse=d_lse, is_small=True)
     if spec.unused_rows:
         for name, result in {"out": out, **named}.items():
@@ -234,6 +243,7 @@ def main() -> None:
             run(spec, num_sms, has_gradients=SETS[name] is gradients, has_two_loops=name == "two loops")
         except AssertionError as error:
             failures += 1
+            launch._counter.cache_clear()  # programs that failed draw no further
             print(f"{error}\n    of {spec} with {num_sms} SMs", flush=True)
             if chosen.mistake:
                 break

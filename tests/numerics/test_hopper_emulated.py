@@ -40,6 +40,7 @@ def test_results(calls: str) -> None:
         ("no fence", "huge", "without a fence"),
         ("every part has all keys", "split", "lse "),
         ("the product of S is not waited for", "huge", "may still run"),
+        ("the counter is not set back", "huge", "the counter of shares was left at 12"),
     ],
 )
 def test_mistakes_are_found(mistake: str, calls: str, message: str) -> None:

@@ -209,10 +209,33 @@ def _results_of(problem: AttentionProblem, plan: Plan, device: torch.device) -> 
         makers = [tensor_maker(shape, torch.float32, device) for shape in (of_parts.out_shape, of_parts.lse_shape)]
 
     def make() -> tuple[Tensor, ...]:
-        counter = torch.zeros(1, dtype=torch.int32, device=device) if unread is None else unread
+        counter = _counter(device) if unread is None else unread
         return (*make_two(), counter, *(make_one() for make_one in makers))
 
     return make
+
+
+def _counter(device: torch.device) -> Tensor:
+    """A counter that is 0 when a kernel on the device's current stream begins.
+
+    Kernels set it back to 0 (``scheduling.next_share``), and those of one stream run one after another: so all calls on
+    the default stream, whose handle is 0, take the same one. A launch that fails runs no program, and leaves it 0; a
+    kernel that is broken off takes the process's use of the device with it. Calls on any other stream may run beside
+    those, or be captured in a graph: each has a counter of its own.
+    """
+    if device.type == "cuda" and torch._C._cuda_getCurrentRawStream(device.index) == 0:
+        return _counter_of_default_stream(device)
+    return _new_counter(device)
+
+
+@lru_cache(maxsize=64)
+def _counter_of_default_stream(device: torch.device) -> Tensor:
+    """Asked for only where that is the current one: the zero is written before the kernels that read it."""
+    return _new_counter(device)
+
+
+def _new_counter(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=64)

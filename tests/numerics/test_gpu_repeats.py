@@ -140,6 +140,39 @@ def test_streams_and_graphs(attend: Attend) -> None:
     assert torch.equal(captured, attend(*other))
 
 
+@pytest.mark.parametrize("attend", ["hopper"], indirect=True)
+def test_streams_and_graphs_side_by_side(attend: Attend) -> None:
+    """Calls on the default stream share a counter, which no other may touch; in all but the shortest it is needed."""
+    hopper._counter_of_default_stream.cache_clear()
+    calls: list[Callable[[], Tensor]] = [
+        partial(attend, *qkv(seqlen, seed=seqlen), **options)
+        for seqlen, options in ((300, {}), (3400, {}), (5000, {"causal": True}), (9000, {"window": (700, 0)}))
+    ]
+    expected = [call() for call in calls]
+    for _ in range(NUM_CALLS):
+        assert all(torch.equal(call(), first) for call, first in zip(calls, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [call() for call in calls]
+    torch.cuda.synchronize()
+    *streams, replaying = (torch.cuda.Stream() for _ in range(3))
+    found: list[Tensor] = []
+    for _ in range(20):
+        with torch.cuda.stream(replaying):
+            graph.replay()
+        for call in calls:
+            found.append(call())
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    found.append(call())
+    torch.cuda.synchronize()
+    for index, result in enumerate(found):
+        assert torch.equal(result, expected[index // 3 % len(calls)])
+    assert all(map(torch.equal, captured, expected))
+    assert hopper._counter_of_default_stream.cache_info().currsize == 1
+    assert hopper._counter_of_default_stream(expected[0].device).item() == 0
+
+
 def test_threads(attend: Attend) -> None:
     tensors = [qkv(seed=seed) for seed in range(8)]
     expected = [attend(*each) for each in tensors]

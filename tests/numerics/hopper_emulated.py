@@ -31,6 +31,7 @@ from flashtile.testing import Call, CallSpec, Results, assert_results_within_bud
 gluon_emulator.install()
 launch = import_module("flashtile.backends.hopper.launch")
 forward = import_module("flashtile.backends.hopper.forward")
+backward_narrow = import_module("flashtile.backends.hopper.backward_narrow")
 scheduling = import_module("flashtile.backends.hopper.primitives.scheduling")
 vars(launch)["_counter"] = launch._counter_of_default_stream  # one for all calls
 
@@ -134,6 +135,17 @@ def gradients() -> Iterator[CallSpec]:
             yield replace(spec, lengths_q=(400,), lengths_kv=(390,), window=(180, 40))
 
 
+def further_shares() -> Iterator[CallSpec]:
+    """Backward calls of many more tiles of keys than programs; some have no keys, some no queries that see them."""
+    spec = wide(64, lengths_q=(130,) * 3, lengths_kv=(200,) * 3, heads_kv=3)
+    yield replace(spec, causal=True)
+    yield replace(spec, lengths_q=(70,) * 3, lengths_kv=(390,) * 3, heads_kv=2, heads_per_kv=2, window=(70, 10))
+    yield replace(spec, lengths_q=(300,) * 3, lengths_kv=(65,) * 3, alibi="per head", has_sinks=True)
+    lengths_q, lengths_kv = (65, 0, 1, 130, 40), (128, 64, 0, 70, 300)
+    yield replace(spec, lengths_q=lengths_q, lengths_kv=lengths_kv, is_packed=True, unused_rows=9, causal=True)
+    yield replace(spec, lengths_q=lengths_q, lengths_kv=lengths_kv, is_packed=True, unused_length=90, window=(33, 20))
+
+
 SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "edges": edges,
     "turns": turns,
@@ -144,6 +156,7 @@ SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "mixes": mixes,
     "gradients": gradients,
     "two loops": gradients,
+    "further shares": further_shares,
 }
 MISTAKES: dict[str, dict[str, Any]] = {
     "sums are not rescaled": {"rescaled_if_needed": lambda acc, _rescale: acc},
@@ -152,6 +165,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "the unit's reads are not waited for": {"tma": types.SimpleNamespace(store_wait=lambda _: None)},
     "every part has all keys": {"part_of": lambda tiles, *_: tiles},
     "no fence": {"fence_async_shared": lambda: None},
+    "shares count their steps from 0": {"steps_and_shares": lambda work: (0, work.num_before + 1)},
     "the product of S is not waited for": {
         "warpgroup_mma_wait": lambda most, deps, wait=forward.warpgroup_mma_wait: wait(2 * most, deps=deps)
     },
@@ -161,14 +175,15 @@ MISTAKES: dict[str, dict[str, Any]] = {
         )
     },
 }
-"""Mistake -> names of ``forward.py`` that make it."""
+"""Mistake -> names of ``forward.py``, or of ``backward_narrow.py``, that make it."""
 
 
 def calls(sets: list[str]) -> Iterator[tuple[str, CallSpec, int]]:
     """(set, call, number of SMs)"""
     for name in sets:
         for index, spec in enumerate(SETS[name]()):
-            every = NUM_SMS_OF_SPLIT if name == "split" else NUM_SMS[index % len(NUM_SMS) :][:1]
+            every = NUM_SMS[:1] if name == "further shares" else NUM_SMS[index % len(NUM_SMS) :][:1]
+            every = NUM_SMS_OF_SPLIT if name == "split" else every
             yield from ((name, spec, num_sms) for num_sms in every)
 
 
@@ -235,12 +250,18 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     gluon_emulator.Program.pauses = gluon_emulator.Pauses(LONGEST_PAUSE_S, seed=chosen.seed)
-    vars(forward).update(MISTAKES.get(chosen.mistake, {}))
+    for name, wrong in MISTAKES.get(chosen.mistake, {}).items():
+        setattr(forward if hasattr(forward, name) else backward_narrow, name, wrong)
     failures, fewest_keys = 0, (plan.FEWEST_KEYS, plan.FEWEST_KEYS_PER_QUERY)
     for name, spec, num_sms in calls(chosen.sets):
         plan.FEWEST_KEYS, plan.FEWEST_KEYS_PER_QUERY = (64, 0) if name == "split" else fewest_keys
         try:
-            run(spec, num_sms, has_gradients=SETS[name] is gradients, has_two_loops=name == "two loops")
+            run(
+                spec,
+                num_sms,
+                has_gradients=SETS[name] in (gradients, further_shares),
+                has_two_loops=name == "two loops",
+            )
         except AssertionError as error:
             failures += 1
             launch._counter.cache_clear()  # programs that failed draw no further

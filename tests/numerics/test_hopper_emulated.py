@@ -22,7 +22,7 @@ def emulate(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-SETS = ["edges", "turns", "packed", "one query", "split", "huge", "mixes", "gradients", "two loops"]
+SETS = ["edges", "turns", "packed", "one query", "split", "huge", "mixes", "gradients", "two loops", "further shares"]
 
 
 @pytest.mark.parametrize("calls", SETS)
@@ -40,6 +40,7 @@ def test_results(calls: str) -> None:
         ("no fence", "huge", "without a fence"),
         ("every part has all keys", "split", "lse "),
         ("the product of S is not waited for", "huge", "may still run"),
+        ("shares count their steps from 0", "further shares", "everyone waits"),
         ("the counter is not set back", "huge", "the counter of shares was left at 12"),
     ],
 )

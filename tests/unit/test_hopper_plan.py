@@ -209,13 +209,29 @@ def test_tiles_of_queries_are_whole_consumers(tiles: plan.ForwardTiles) -> None:
 
 
 @pytest.mark.parametrize("seqlen_kv", [1, 64, 65, 128, 129, 5000])
-@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("head_dim", [128, 256])
 def test_the_backward_has_a_program_for_each_tile_of_keys(head_dim: int, seqlen_kv: int) -> None:
     problem = posed(batch=3, heads_q=8, heads_kv=2, head_dim=head_dim, seqlen_kv=seqlen_kv)
     kernel = plan.plan(problem, H200).backward
     num_tiles = kernel.grid[0] // (3 * 2)
     assert kernel.grid == (num_tiles * 3 * 2,)
     assert (num_tiles - 1) * kernel.tiles.block_kv < seqlen_kv <= num_tiles * kernel.tiles.block_kv
+
+
+@pytest.mark.parametrize(("seqlen_kv", "expected"), [(1, 6), (128, 6), (129, 12), (22 * 128, 132), (5000, 132)])
+def test_programs_of_narrow_heads_take_further_tiles_of_keys(seqlen_kv: int, expected: int) -> None:
+    problem = posed(batch=3, heads_q=8, heads_kv=2, head_dim=64, seqlen_kv=seqlen_kv)
+    assert plan.plan(problem, H200).backward.grid == (expected,)
+
+
+def test_tiles_of_64_keys_are_for_few_queries_and_keys() -> None:
+    def block_kv(**changes: int) -> int:
+        return plan.plan(
+            posed(**({"head_dim": 64, "causal": True, "seqlen_q": 512} | changes)), H200
+        ).forward.tiles.block_kv
+
+    assert block_kv() == block_kv(seqlen_q=300) == 64
+    assert block_kv(seqlen_kv=513) == block_kv(seqlen_q=513, seqlen_kv=512) == block_kv(causal=False) == 128
 
 
 @pytest.mark.parametrize("seqlen", [1, 700, 16384])

@@ -35,9 +35,9 @@ from flashtile.backends.hopper.backward_parts import (
     add_steps,
     clean,
     d_q_product,
-    find_work,
     load,
     num_readers,
+    only_work,
     release_parts,
     row_numbers,
     tile_and_head,
@@ -73,7 +73,7 @@ class Block(NamedTuple):
     sums: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward(
     q_desc,
     k_desc,
@@ -89,7 +89,9 @@ def attention_backward(
     rules,
     sequences,
     heads,
+    num_heads,
     heads_together,
+    counter,
     seqlen_q,
     seqlen_kv,
     HEAD_DIM: gl.constexpr,
@@ -106,9 +108,11 @@ def attention_backward(
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
     channels = Channels(
+        None,
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_D], kv_layout),
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], v_layout),
-        make_barriers(1, 1),
+        make_barriers(1, 1) if sequences.cu_seqlens_q is not None else None,
+        None,
         make_barriers(1, 1) if sequences.cu_seqlens_q is not None else None,
         make_barriers(NUM_STAGES, 1) if sequences.cu_seqlens_q is not None else None,
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
@@ -119,8 +123,7 @@ def attention_backward(
     d_s = make_channel(dtype, NUM_D_S_SLOTS, ROWS, ROWS, NUM_CONSUMERS)
     fence_async_shared()
 
-    num_tiles = gl.cdiv(seqlen_kv, BLOCK_KV)  # the grid has one program for each
-    order = Order(num_tiles, gl.num_programs(0) // num_tiles, heads_together)
+    order = Order(gl.cdiv(seqlen_kv, BLOCK_KV), num_heads, heads_together, counter)
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     targets = (d_k_matrix, d_v_matrix, scale)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
@@ -157,7 +160,7 @@ def gradients(
     DK: gl.constexpr = product_layout(BLOCK_D)
     DV: gl.constexpr = product_layout(BLOCK_DV)
 
-    work = find_work(call, BLOCK_KV)
+    work = only_work(call, BLOCK_KV)
     sequence = work.sequence
     own_begin = work.kv_begin + part * ROWS
     kv_pos = own_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
@@ -170,7 +173,7 @@ def gradients(
     no_s = zeros([ROWS, ROWS], gl.float32, S)
     k, v = channels.k.index(part), channels.v.index(part)
     if work.num_steps > 0:
-        wait_for_keys(call, channels)
+        wait_for_keys(call, channels, work)
     send(d_s, part, no_s.to(dtype))  # d_q is a step behind: before the first one it adds 0
 
     block = Block(work, k, v, kv_pos, q_idx, d_s, sums)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flashtile.backends.hopper.backward_parts import (
     NUM_CONSUMERS,
@@ -30,8 +30,10 @@ from flashtile.backends.hopper.backward_parts import (
     find_work,
     load,
     num_readers,
+    receive_share,
     release_parts,
     row_numbers,
+    steps_and_shares,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -47,6 +49,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import q_tiles
+from flashtile.backends.hopper.primitives.scheduling import END, make_share_channel
 from flashtile.backends.hopper.primitives.tiles import store_rows
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
@@ -64,7 +67,7 @@ class Block(NamedTuple):
     d_s: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward_narrow(
     q_desc,
     k_desc,
@@ -80,7 +83,9 @@ def attention_backward_narrow(
     rules,
     sequences,
     heads,
+    num_heads,
     heads_together,
+    counter,
     seqlen_q,
     seqlen_kv,
     HEAD_DIM: gl.constexpr,
@@ -98,9 +103,11 @@ def attention_backward_narrow(
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
     channels = Channels(
+        make_share_channel(NUM_READERS + 1),
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_D], k_layout),
         gl.allocate_shared_memory(dtype, [NUM_CONSUMERS, ROWS, BLOCK_DV], v_layout),
         make_barriers(1, 1),
+        make_barriers(1, NUM_CONSUMERS + 1),
         make_barriers(1, 1) if sequences.cu_seqlens_q is not None else None,
         make_barriers(NUM_STAGES, 1) if sequences.cu_seqlens_q is not None else None,
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
@@ -111,8 +118,7 @@ def attention_backward_narrow(
     d_s = make_channel(dtype, NUM_D_S_SLOTS, ROWS, ROWS, 1)
     fence_async_shared()
 
-    num_tiles = gl.cdiv(seqlen_kv, BLOCK_KV)  # the grid has one program for each
-    order = Order(num_tiles, gl.num_programs(0) // num_tiles, heads_together)
+    order = Order(gl.cdiv(seqlen_kv, BLOCK_KV), num_heads, heads_together, counter)
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     targets = (d_k_matrix, d_v_matrix, scale)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
@@ -146,29 +152,37 @@ def gradients(
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
 
-    work = find_work(call, BLOCK_KV)
-    sequence = work.sequence
-    own_begin = work.kv_begin + part * ROWS
-    kv_pos = own_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
-    q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
-    own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
-    tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
-    has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
-    d_k = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
-    d_v = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
-    if work.num_steps > 0:
-        wait_for_keys(call, channels)
-    k = channels.k.index(part).load(operand_layout(ROWS))
-    v = channels.v.index(part).load(operand_layout(ROWS))
+    turn, first_step, num_before = 0, 0, 0
+    share_idx = receive_share(channels.shares, turn, 4)
+    while share_idx != END:
+        work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
+        sequence = work.sequence
+        own_begin = work.kv_begin + part * ROWS
+        kv_pos = own_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
+        q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
+        own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
+        tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
+        has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
+        d_k = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+        d_v = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+        if work.num_steps > 0:
+            wait_for_keys(call, channels, work)
+        k = channels.k.index(part).load(operand_layout(ROWS))
+        v = channels.v.index(part).load(operand_layout(ROWS))
+        if work.num_steps > 0:
+            mbarrier.arrive(channels.kv_empty.index(0), count=1)
 
-    block = Block(work, k, v, kv_pos, q_idx, d_s)
-    d_k, d_v = add_steps(add_step, block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
+        block = Block(work, k, v, kv_pos, q_idx, d_s)
+        d_k, d_v = add_steps(add_step, block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
 
-    d_k_matrix, d_v_matrix, scale = targets
-    num_rows = sequence.seqlen_kv - own_begin
-    row = sequence.kv_begin + own_begin
-    store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
-    store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
+        d_k_matrix, d_v_matrix, scale = targets
+        num_rows = sequence.seqlen_kv - own_begin
+        row = sequence.kv_begin + own_begin
+        store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
+        store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
+        first_step, num_before = steps_and_shares(work)
+        turn += 1
+        share_idx = receive_share(channels.shares, turn, 4)
 
 
 @jit
@@ -181,19 +195,20 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
     work = block.work
     no_s = zeros([ROWS, ROWS], gl.float32, S)
     tile_idx, head_idx = tile_and_head(work, call, step)
+    at = work.first_step + step
     slope_log2 = scores.slope_log2(call.rules, work.batch_idx, head_idx)
     head = scores.HeadRules(call.rules, work.sequence, slope_log2)
-    q = receive(channels.q, step)
-    wait_for_rows(call, channels, step)
-    lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
+    q = receive(channels.q, at)
+    wait_for_rows(call, channels, at)
+    lse_log2 = row_numbers(channels.lse_log2, at, cols_of(S))
     s_token = warpgroup_mma(block.k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
-    d_out = receive(channels.d_out, step)
+    d_out = receive(channels.d_out, at)
     d_p_token = warpgroup_mma(block.v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
     s_t = warpgroup_mma_wait(1, deps=[s_token])
     s_t, capped_t = scores.scored(s_t, head, tile_idx * ROWS + block.q_idx, block.kv_pos, is_masked)
     p_t = scores.probabilities(s_t, scores.unit_log2(call.rules), lse_log2)
     p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
-    delta = row_numbers(channels.delta, step, cols_of(S))
+    delta = row_numbers(channels.delta, at, cols_of(S))
     d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
     d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
     d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
@@ -201,20 +216,29 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
         d_s_t *= 1.0 - capped_t * capped_t
     d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
     d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
-    send(block.d_s, step * NUM_CONSUMERS + part, d_s_t)
+    send(block.d_s, at * NUM_CONSUMERS + part, d_s_t)
     d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
     d_v, d_k = warpgroup_mma_wait(0, deps=[d_v_token, d_k_token])
-    release(channels.d_out, step)
-    release(channels.q, step)
+    release(channels.d_out, at)
+    release(channels.q, at)
     return d_k, d_v
 
 
 @jit
 def add_up_d_q(call, channels, d_s, sums):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
-    work = find_work(call, BLOCK_KV)
-    for step in range(work.num_steps):
-        tile_idx, head_idx = tile_and_head(work, call, step)
-        d_q = warpgroup_mma_wait(0, deps=[d_q_product(d_s, channels.k, step, 0, BLOCK_D)])
-        release_parts(d_s, step, NUM_CONSUMERS)
-        add_d_q(sums, d_q, call, work, tile_idx, head_idx, 0, BLOCK_D)
+    turn, first_step, num_before = 0, 0, 0
+    share_idx = receive_share(channels.shares, turn, 4)
+    while share_idx != END:
+        work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
+        for step in range(work.num_steps):
+            tile_idx, head_idx = tile_and_head(work, call, step)
+            at = first_step + step
+            d_q = warpgroup_mma_wait(0, deps=[d_q_product(d_s, channels.k, at, 0, BLOCK_D)])
+            release_parts(d_s, at, NUM_CONSUMERS)
+            if step == work.num_steps - 1:
+                mbarrier.arrive(channels.kv_empty.index(0), count=1)
+            add_d_q(sums, d_q, call, work, tile_idx, head_idx, 0, BLOCK_D)
+        first_step, num_before = steps_and_shares(work)
+        turn += 1
+        share_idx = receive_share(channels.shares, turn, 4)

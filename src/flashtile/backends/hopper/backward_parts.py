@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row, sums_block
-from flashtile.backends.hopper.primitives.channel import claim, receive, release
+from flashtile.backends.hopper.primitives.channel import claim, receive, release, slot_to_fill
 from flashtile.backends.hopper.primitives.gluon_compat import (
     constexpr_function,
     inline_asm,
@@ -19,8 +19,15 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     warpgroup_mma,
     zeros,
 )
-from flashtile.backends.hopper.primitives.layouts import cols_of, product_layout, rows_of
+from flashtile.backends.hopper.primitives.layouts import (
+    cols_of,
+    everywhere_layout,
+    number_layout,
+    product_layout,
+    rows_of,
+)
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
+from flashtile.backends.hopper.primitives.scheduling import END, NUM_SLOTS, number_at
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from
 
 ROWS = gl.constexpr(constants.ROWS)
@@ -39,6 +46,8 @@ class Order(NamedTuple):
     num_tiles: Any
     num_heads: Any
     num_together: Any
+    counter: Any
+    """How many shares were drawn beyond the programs' first ones, 0 at the start; ``None`` if a program has but one."""
 
 
 class Call(NamedTuple):
@@ -53,7 +62,10 @@ class Call(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one program does: a tile of keys, and the tiles of queries that see any of it, for each head of a group."""
+    """One share: a tile of keys, and the tiles of queries that see any of it, for each head of a group.
+
+    Before it the program had ``num_before`` shares with steps, and ``first_step`` steps in all.
+    """
 
     sequence: Any
     batch_idx: Any
@@ -62,18 +74,23 @@ class Work(NamedTuple):
     tiles: Any
     num_tiles: Any
     num_steps: Any
+    first_step: Any
+    num_before: Any
 
 
 class Channels(NamedTuple):
     """What lies in shared memory: K and V [parts, 64, columns], and the streams of Q and d_out.
 
     The two numbers of each query row come with the tiles of Q and d_out. The barriers ``kv_clean`` and
-    ``rows_clean`` are those of ``clean``, ``None`` where it has nothing to do.
+    ``rows_clean`` are those of ``clean``, ``None`` where it has nothing to do. ``shares``, their indices, and
+    ``kv_empty`` are ``None`` where a program has but one share, and ``kv_ready`` also if it is not cleaned.
     """
 
+    shares: Any
     k: Any
     v: Any
     kv_ready: Any
+    kv_empty: Any
     kv_clean: Any
     rows_clean: Any
     q: Any
@@ -83,28 +100,63 @@ class Channels(NamedTuple):
 
 
 @jit
-def tile_of_keys(order, program_idx):
-    """(tile, kv head of all sequences) of a program."""
+def tile_of_keys(order, share_idx):
+    """(tile, kv head of all sequences) of a share."""
     num_before = order.num_heads - order.num_together
-    tile_idx, head = program_idx % order.num_tiles, program_idx // order.num_tiles
+    tile_idx, head = share_idx % order.num_tiles, share_idx // order.num_tiles
     if head >= num_before:
-        place = program_idx - num_before * order.num_tiles
+        place = share_idx - num_before * order.num_tiles
         tile_idx, head = place // order.num_together, num_before + place % order.num_together
     return tile_idx, head
 
 
 @jit
-def find_work(call, BLOCK_KV: gl.constexpr):
-    """The program's share; one without keys has no steps."""
+def find_work(call, share_idx, first_step, num_before, BLOCK_KV: gl.constexpr):
+    """The share of an index; one without keys has no steps."""
     heads_kv = call.heads.num_q // call.heads.per_kv
-    tile_idx, head = tile_of_keys(call.order, gl.program_id(0))
+    tile_idx, head = tile_of_keys(call.order, share_idx)
     kv_head_idx, batch_idx = head % heads_kv, head // heads_kv
     sequence = find_sequence(call.sequences, batch_idx, call.seqlen_q, call.seqlen_kv)
     kv_begin = tile_idx * BLOCK_KV
     kv_end = gl.minimum(kv_begin + BLOCK_KV, sequence.seqlen_kv)
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, kv_begin, kv_end, ROWS)
     num_tiles = gl.where(kv_begin < sequence.seqlen_kv, tiles.end - tiles.begin, 0)
-    return Work(sequence, batch_idx, kv_head_idx, kv_begin, tiles, num_tiles, num_tiles * call.heads.per_kv)
+    num_steps = num_tiles * call.heads.per_kv
+    return Work(sequence, batch_idx, kv_head_idx, kv_begin, tiles, num_tiles, num_steps, first_step, num_before)
+
+
+@jit
+def only_work(call, BLOCK_KV: gl.constexpr):
+    """The share of a program that has no other."""
+    return find_work(call, gl.program_id(0), 0, 0, BLOCK_KV)
+
+
+@jit
+def steps_and_shares(work):
+    """``first_step`` and ``num_before`` of the share that comes after this one."""
+    return work.first_step + work.num_steps, work.num_before + gl.where(work.num_steps > 0, 1, 0)
+
+
+@jit
+def next_share(order):
+    """Draws the index of a further share for a program; END if there is none."""
+    share_idx = gl.num_programs(0) + gl.atomic_add(order.counter, 1, sem="relaxed")
+    return gl.where(share_idx < order.num_tiles * order.num_heads, share_idx, END)
+
+
+@jit
+def send_share(shares, turn, share_idx):
+    """From one warp; END comes last."""
+    slot_to_fill(shares, turn).store(gl.arange(0, 4, number_layout(1)) * 0 + share_idx)
+    mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
+
+
+@jit
+def receive_share(shares, turn, NUM_WARPS: gl.constexpr):
+    layout: gl.constexpr = everywhere_layout(4, NUM_WARPS)
+    numbers = receive(shares, turn).load(layout)
+    release(shares, turn)
+    return number_at(numbers, gl.arange(0, 4, layout), 0)
 
 
 @jit
@@ -174,31 +226,75 @@ def add_steps(
 
 @jit
 def load(call, channels, loads):
+    BLOCK_KV: gl.constexpr = channels.k.shape[0] * ROWS
+    if call.order.counter is None:
+        load_share(call, channels, loads, only_work(call, BLOCK_KV))
+    else:
+        share_idx, turn, first_step, num_before = gl.program_id(0), 0, 0, 0
+        while share_idx != END:
+            send_share(channels.shares, turn, share_idx)
+            work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
+            load_share(call, channels, loads, work)
+            first_step, num_before = steps_and_shares(work)
+            turn += 1
+            share_idx = next_share(call.order)
+        send_share(channels.shares, turn, END)
+
+
+@jit
+def load_share(call, channels, loads, work):
+    """K and V come with the first tiles of Q and d_out, or before them where a barrier of their own tells of them."""
+    if work.num_steps > 0:
+        if channels.kv_ready is not None:
+            if channels.kv_empty is not None:
+                mbarrier.wait(channels.kv_empty.index(0), (work.num_before & 1) ^ 1)
+            _q_desc, k_desc, v_desc, _d_out_desc, _lse_log2_desc, _delta_desc = loads
+            NUM_PARTS: gl.constexpr = channels.k.shape[0]
+            mbarrier.expect(
+                channels.kv_ready.index(0), NUM_PARTS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            )
+            load_parts(k_desc, channels.k, channels.kv_ready.index(0), work)
+            load_parts(v_desc, channels.v, channels.kv_ready.index(0), work)
+        load_step(call, channels, loads, work, 0, channels.kv_ready is None)
+    for i in range(1, work.num_steps):
+        load_step(call, channels, loads, work, i, False)
+
+
+@jit
+def load_step(call, channels, loads, work, i, WITH_KEYS: gl.constexpr):
     q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc = loads
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
-    NUM_PARTS: gl.constexpr = channels.k.shape[0]
-    work = find_work(call, NUM_PARTS * ROWS)
+    NUM_PARTS: gl.constexpr = channels.k.shape[0] if WITH_KEYS else 0
     sequence = work.sequence
-    if work.num_steps > 0:
-        kv_ready = channels.kv_ready.index(0)
-        mbarrier.expect(kv_ready, NUM_PARTS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-        for part in static_range(NUM_PARTS):
-            place = [sequence.buffer_idx, work.kv_head_idx, sequence.kv_begin + work.kv_begin + part * ROWS, 0]
-            tma_load(k_desc, place, kv_ready, channels.k.index(part).reshape([1, 1, ROWS, BLOCK_D]))
-            tma_load(v_desc, place, kv_ready, channels.v.index(part).reshape([1, 1, ROWS, BLOCK_DV]))
-    for step in range(work.num_steps):
-        tile_idx, head_idx = tile_and_head(work, call, step)
-        row = tile_idx * ROWS
-        place = [sequence.buffer_idx, head_idx, sequence.q_begin + row, 0]
-        number_row, number_col = statistics_row(call, sequence, work.batch_idx, head_idx, row)
-        slot = step % channels.q.tiles.shape[0]
-        tile, ready = claim(channels.q, step, q_desc.block_type.nbytes + lse_log2_desc.block_type.nbytes)
-        tma_load(lse_log2_desc, [number_row, number_col], ready, channels.lse_log2.index(slot))
-        tma_load(q_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_D]))
-        tile, ready = claim(channels.d_out, step, d_out_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-        tma_load(delta_desc, [number_row, number_col], ready, channels.delta.index(slot))
-        tma_load(d_out_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_DV]))
+    tile_idx, head_idx = tile_and_head(work, call, i)
+    step, row = work.first_step + i, tile_idx * ROWS
+    place = [sequence.buffer_idx, head_idx, sequence.q_begin + row, 0]
+    number_row, number_col = statistics_row(call, sequence, work.batch_idx, head_idx, row)
+    slot = step % channels.q.tiles.shape[0]
+    K_BYTES: gl.constexpr = NUM_PARTS * k_desc.block_type.nbytes
+    tile, ready = claim(channels.q, step, q_desc.block_type.nbytes + lse_log2_desc.block_type.nbytes + K_BYTES)
+    if WITH_KEYS:
+        load_parts(k_desc, channels.k, ready, work)
+    tma_load(lse_log2_desc, [number_row, number_col], ready, channels.lse_log2.index(slot))
+    tma_load(q_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_D]))
+    V_BYTES: gl.constexpr = NUM_PARTS * v_desc.block_type.nbytes
+    tile, ready = claim(channels.d_out, step, d_out_desc.block_type.nbytes + delta_desc.block_type.nbytes + V_BYTES)
+    if WITH_KEYS:
+        load_parts(v_desc, channels.v, ready, work)
+    tma_load(delta_desc, [number_row, number_col], ready, channels.delta.index(slot))
+    tma_load(d_out_desc, place, ready, tile.reshape([1, 1, ROWS, BLOCK_DV]))
+
+
+@jit
+def load_parts(desc, tiles, ready, work):
+    """All of the share's K, or V."""
+    NUM_PARTS: gl.constexpr = tiles.shape[0]
+    NUM_COLS: gl.constexpr = tiles.shape[2]
+    for part in static_range(NUM_PARTS):
+        row = work.sequence.kv_begin + work.kv_begin + part * ROWS
+        place = [work.sequence.buffer_idx, work.kv_head_idx, row, 0]
+        tma_load(desc, place, ready, tiles.index(part).reshape([1, 1, ROWS, NUM_COLS]))
 
 
 @constexpr_function
@@ -208,12 +304,15 @@ def num_readers(is_packed):
 
 
 @jit
-def wait_for_keys(call, channels):
-    """Until K and V have arrived, and hold nothing that does not belong to the sequence."""
-    if call.sequences.cu_seqlens_kv is None:
-        mbarrier.wait(channels.kv_ready.index(0), 0)
-    else:
-        mbarrier.wait(channels.kv_clean.index(0), 0)
+def wait_for_keys(call, channels, work):
+    """Until K and V have arrived, and hold nothing that does not belong to the sequence.
+
+    Where they come with the first tiles of Q and d_out, waiting for those will do.
+    """
+    if channels.kv_clean is not None:
+        mbarrier.wait(channels.kv_clean.index(0), work.num_before & 1)
+    elif channels.kv_ready is not None:
+        mbarrier.wait(channels.kv_ready.index(0), work.num_before & 1)
 
 
 @jit
@@ -227,25 +326,41 @@ def wait_for_rows(call, channels, step):
 @jit
 def clean(call, channels):
     """Sets to 0 what lies behind a packed sequence in its tiles: it may be NaN, and 0 times NaN is NaN."""
+    BLOCK_KV: gl.constexpr = channels.k.shape[0] * ROWS
     if call.sequences.cu_seqlens_kv is not None:
-        NUM_PARTS: gl.constexpr = channels.k.shape[0]
-        work = find_work(call, NUM_PARTS * ROWS)
-        if work.num_steps > 0:
-            mbarrier.wait(channels.kv_ready.index(0), 0)
-            num_keys = work.sequence.seqlen_kv - work.kv_begin
-            for part in static_range(NUM_PARTS):
-                zero_rows_from(channels.k.index(part), num_keys - part * ROWS, 1)
-                zero_rows_from(channels.v.index(part), num_keys - part * ROWS, 1)
-            mbarrier.arrive(channels.kv_clean.index(0), count=1)
-        for step in range(work.num_steps):
-            tile_idx, _head_idx = tile_and_head(work, call, step)
-            q, d_out = receive(channels.q, step), receive(channels.d_out, step)
-            num_rows = work.sequence.seqlen_q - tile_idx * ROWS
-            zero_rows_from(q, num_rows, 1)
-            zero_rows_from(d_out, num_rows, 1)
-            mbarrier.arrive(channels.rows_clean.index(step % channels.rows_clean.shape[0]), count=1)
-            release(channels.q, step)
-            release(channels.d_out, step)
+        if call.order.counter is None:
+            clean_share(call, channels, only_work(call, BLOCK_KV))
+        else:
+            turn, first_step, num_before = 0, 0, 0
+            share_idx = receive_share(channels.shares, turn, 1)
+            while share_idx != END:
+                work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
+                clean_share(call, channels, work)
+                first_step, num_before = steps_and_shares(work)
+                turn += 1
+                share_idx = receive_share(channels.shares, turn, 1)
+
+
+@jit
+def clean_share(call, channels, work):
+    NUM_PARTS: gl.constexpr = channels.k.shape[0]
+    if work.num_steps > 0:
+        mbarrier.wait(channels.kv_ready.index(0), work.num_before & 1)
+        num_keys = work.sequence.seqlen_kv - work.kv_begin
+        for part in static_range(NUM_PARTS):
+            zero_rows_from(channels.k.index(part), num_keys - part * ROWS, 1)
+            zero_rows_from(channels.v.index(part), num_keys - part * ROWS, 1)
+        mbarrier.arrive(channels.kv_clean.index(0), count=1)
+    for i in range(work.num_steps):
+        tile_idx, _head_idx = tile_and_head(work, call, i)
+        step = work.first_step + i
+        q, d_out = receive(channels.q, step), receive(channels.d_out, step)
+        num_rows = work.sequence.seqlen_q - tile_idx * ROWS
+        zero_rows_from(q, num_rows, 1)
+        zero_rows_from(d_out, num_rows, 1)
+        mbarrier.arrive(channels.rows_clean.index(step % channels.rows_clean.shape[0]), count=1)
+        release(channels.q, step)
+        release(channels.d_out, step)
 
 
 @jit

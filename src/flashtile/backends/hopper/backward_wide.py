@@ -26,9 +26,9 @@ from flashtile.backends.hopper.backward_parts import (
     add_d_q,
     clean,
     d_q_product,
-    find_work,
     load,
     num_readers,
+    only_work,
     row_numbers,
     tile_and_head,
     wait_for_keys,
@@ -57,7 +57,7 @@ class Exchange(NamedTuple):
     d_s: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward_wide(
     q_desc,
     k_desc,
@@ -73,7 +73,9 @@ def attention_backward_wide(
     rules,
     sequences,
     heads,
+    num_heads,
     heads_together,
+    counter,
     seqlen_q,
     seqlen_kv,
     HEAD_DIM: gl.constexpr,
@@ -89,9 +91,11 @@ def attention_backward_wide(
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_DV], dtype)
     channels = Channels(
+        None,
         gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_D], k_layout),
         gl.allocate_shared_memory(dtype, [1, ROWS, BLOCK_DV], v_layout),
-        make_barriers(1, 1),
+        make_barriers(1, 1) if sequences.cu_seqlens_q is not None else None,
+        None,
         make_barriers(1, 1) if sequences.cu_seqlens_q is not None else None,
         make_barriers(NUM_STAGES, 1) if sequences.cu_seqlens_q is not None else None,
         make_channel(dtype, NUM_STAGES, ROWS, BLOCK_D, NUM_READERS),
@@ -102,8 +106,7 @@ def attention_backward_wide(
     exchange = Exchange(make_channel(dtype, 2, ROWS, ROWS, 1), make_channel(dtype, 2, ROWS, ROWS, 1))
     fence_async_shared()
 
-    num_tiles = gl.cdiv(seqlen_kv, ROWS)  # the grid has one program for each
-    order = Order(num_tiles, gl.num_programs(0) // num_tiles, heads_together)
+    order = Order(gl.cdiv(seqlen_kv, ROWS), num_heads, heads_together, counter)
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
     sums = Sums(d_q_sums, num_sum_blocks)
@@ -126,7 +129,7 @@ def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr)
     Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
-    work = find_work(call, ROWS)
+    work = only_work(call, ROWS)
     sequence = work.sequence
     num_keys = sequence.seqlen_kv - work.kv_begin
     kv_pos = work.kv_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
@@ -136,7 +139,7 @@ def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr)
     no_s = zeros([ROWS, ROWS], gl.float32, S)
     k = channels.k.index(0)
     if work.num_steps > 0:
-        wait_for_keys(call, channels)
+        wait_for_keys(call, channels, work)
 
     for step in range(work.num_steps):
         tile_idx, head_idx = tile_and_head(work, call, step)
@@ -165,13 +168,14 @@ def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr)
         tile_idx, head_idx = tile_and_head(work, call, gl.maximum(step - 1, 0))
         add_d_q(sums, d_q, call, work, tile_idx, head_idx, 0, BLOCK_D)
 
+    row = sequence.kv_begin + work.kv_begin
+    store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
+    # ``keys`` has needed that time for the last dS.
     if work.num_steps > 0:
         d_q_token = d_q_product(exchange.d_s, channels.k, work.num_steps, 0, Q_COLS)
         d_q = warpgroup_mma_wait(0, deps=[d_q_token])
         tile_idx, head_idx = tile_and_head(work, call, work.num_steps - 1)
         add_d_q(sums, d_q, call, work, tile_idx, head_idx, 0, BLOCK_D)
-    row = sequence.kv_begin + work.kv_begin
-    store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
 
 
 @jit
@@ -180,14 +184,14 @@ def keys(call, channels, exchange, sums, d_k_matrix, scale, HEAD_DIM: gl.constex
     Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
-    work = find_work(call, ROWS)
+    work = only_work(call, ROWS)
     sequence = work.sequence
     num_keys = sequence.seqlen_kv - work.kv_begin
     d_k = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     no_s = zeros([ROWS, ROWS], gl.float32, S)
     v = channels.v.index(0)
     if work.num_steps > 0:
-        wait_for_keys(call, channels)
+        wait_for_keys(call, channels, work)
     send(exchange.d_s, 0, no_s.to(dtype))  # ``values`` is a step behind with d_q: before the first one it adds 0
 
     for step in range(work.num_steps):

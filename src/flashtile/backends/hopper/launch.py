@@ -31,6 +31,7 @@ from flashtile.backends.hopper.plan import (
     num_shares,
     order_of_heads,
     out_columns,
+    takes_further_shares,
     widths,
 )
 from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
@@ -254,7 +255,7 @@ def backward(
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
         operands, others = operands_of(tensors)
-        d_out, lse_log2, delta, d_q_sums, d_k, d_v = others
+        d_out, lse_log2, delta, d_q_sums, counter, d_k, d_v = others
         width, width_v = widths(problem)
         num_kv_tiles = -(-problem.seqlen_kv // tiles.block_kv)
         return (
@@ -272,13 +273,18 @@ def backward(
             arguments.score_rules(problem, operands),
             Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
             Heads(problem.heads_q, problem.heads_per_kv),
+            problem.batch * problem.heads_kv,
             heads_together(problem, num_kv_tiles, devices.detect(d_out.device)),
+            counter,
             problem.seqlen_q,
             problem.seqlen_kv,
         )
 
     with device_of(q):
-        lse_log2, delta, d_q_sums = _row_statistics(problem, operands, saved, d_out, d_lse)
+        counter = (
+            torch.empty(1, dtype=torch.int32, device=q.device) if takes_further_shares(plan.backward.kernel) else None
+        )
+        lse_log2, delta, d_q_sums = _row_statistics(problem, operands, saved, d_out, d_lse, counter)
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
         d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
         kernel, constants = _BACKWARD[plan.backward.kernel]
@@ -287,7 +293,7 @@ def backward(
         kernel(
             (problem, tiles),
             plan.backward.grid,
-            (*tensors_of(replace(operands, q=q, k=k, v=v)), d_out, lse_log2, delta, d_q_sums, d_k, d_v),
+            (*tensors_of(replace(operands, q=q, k=k, v=v)), d_out, lse_log2, delta, d_q_sums, counter, d_k, d_v),
             kernel_arguments,
             num_warps=4,
             HEAD_DIM=problem.head_dim,
@@ -302,9 +308,14 @@ def backward(
 
 
 def _row_statistics(
-    problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor, d_lse: Tensor | None
+    problem: AttentionProblem,
+    operands: Operands,
+    saved: Saved,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    counter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse_log2, delta, sums of d_q that are 0).
+    """(lse_log2, delta, sums of d_q that are 0); sets the counter of shares to 0 if there is one.
 
     The numbers are [batch, heads, rows] or packed [heads, rows], in whole blocks of ``STATISTICS_ROWS``, and the sums
     [batch * heads or heads, blocks of ``SUM_ROWS``, SUM_ROWS * BLOCK_D].
@@ -335,6 +346,7 @@ def _row_statistics(
         lse_log2: Tensor,
         delta: Tensor,
         d_q_sums: Tensor,
+        counter: Tensor | None,
         cu_seqlens_q: Tensor | None,
     ) -> tuple[Any, ...]:
         return (
@@ -348,6 +360,7 @@ def _row_statistics(
             length,
             d_q_sums,
             num_sum_blocks,
+            counter,
             cu_seqlens_q,
             problem.heads_q,
             problem.seqlen_q,
@@ -357,7 +370,7 @@ def _row_statistics(
     _ROW_STATISTICS(
         problem,
         (num_blocks * problem.heads_q * problem.batch,),
-        (saved.out, d_out, lse, d_lse, lse_log2, delta, d_q_sums, operands.cu_seqlens_q),
+        (saved.out, d_out, lse, d_lse, lse_log2, delta, d_q_sums, counter, operands.cu_seqlens_q),
         kernel_arguments,
         num_warps=4,
         HEAD_DIM_V=problem.head_dim_v,

@@ -38,6 +38,8 @@ class ForwardTiles(TileConfig):
     """Whether causal calls finish one head after the other, and not groups of heads whose K and V the cache holds."""
     share_of_l2: int = 1
     """Of such a group: a half, a quarter..., as 2, 4..."""
+    most_keys: int = LONGEST
+    """That a call may have for these tiles."""
     num_splits: int = 1
     """The parts that the keys of a share are cut into, each a share of its own."""
 
@@ -57,6 +59,7 @@ class BackwardTiles(TileConfig):
 
 
 _SHORT_FULL = ForwardTiles(block_q=128, block_kv=128, num_stages=3, is_in_turn=True)
+_SHORTEST_CAUSAL = ForwardTiles(block_q=128, block_kv=64, num_stages=6, share_of_l2=4, most_keys=512)
 _SHORT_CAUSAL = ForwardTiles(block_q=128, block_kv=128, num_stages=3, share_of_l2=4)
 _LONG = ForwardTiles(block_q=192, block_kv=128, num_stages=3, is_in_turn=True)
 _MIDDLE = ForwardTiles(block_q=128, block_kv=128, num_stages=2, share_of_l2=4)
@@ -65,7 +68,7 @@ _WIDE = ForwardTiles(block_q=128, block_kv=64, num_stages=2, is_head_by_head=Tru
 
 _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
     (64, False): ((1024, _SHORT_FULL), (LONGEST, _LONG)),
-    (64, True): ((1024, _SHORT_CAUSAL), (LONGEST, _LONG)),
+    (64, True): ((512, _SHORTEST_CAUSAL), (1024, _SHORT_CAUSAL), (LONGEST, _LONG)),
     (128, False): ((LONGEST, _MIDDLE),),
     (128, True): ((1024, _MIDDLE), (LONGEST, _MIDDLE_LONG)),
     (256, False): ((LONGEST, _WIDE),),
@@ -125,7 +128,7 @@ def _rejects_device(device: DeviceSpec) -> tuple[str, ...]:
 
 
 def plan(problem: AttentionProblem, device: DeviceSpec) -> Plan:
-    forward, backward = _forward(problem, device), _backward(problem)
+    forward, backward = _forward(problem, device), _backward(problem, device)
     return Plan(backend="hopper", forward=forward, backward=backward, reason="Gluon kernels for Hopper")
 
 
@@ -185,18 +188,21 @@ def _combine(computed: AttentionProblem, tiles: ForwardTiles) -> KernelPlan:
 
 def _forward_tiles(problem: AttentionProblem) -> ForwardTiles:
     steps = _FORWARD[max(widths(problem)), problem.mask.right is not None]
-    return next(tiles for longest, tiles in steps if problem.seqlen_q <= longest)
+    return next(
+        tiles for longest, tiles in steps if problem.seqlen_q <= longest and problem.seqlen_kv <= tiles.most_keys
+    )
 
 
-def _backward(problem: AttentionProblem) -> KernelPlan:
+def _backward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
     kernel = backward_kernel(problem)
     steps = _BACKWARD[kernel, problem.mask.right is not None]
     tiles = next(tiles for longest, tiles in steps if problem.seqlen_q <= longest)
     keys = f"{ROWS} keys" + (" each" if tiles.block_kv > ROWS else ", one for d_k and one for d_v")
+    num_shares = -(-problem.seqlen_kv // tiles.block_kv) * problem.heads_kv * problem.batch
     return KernelPlan(
         kernel=kernel,
         tiles=tiles,
-        grid=(-(-problem.seqlen_kv // tiles.block_kv) * problem.heads_kv * problem.batch,),
+        grid=(min(num_shares, device.num_sms) if takes_further_shares(kernel) else num_shares,),
         shared_memory_bytes=backward_shared_memory_bytes(problem, tiles),
         reason=f"2 warpgroups of {keys}, {tiles.num_stages} stages",
     )
@@ -208,6 +214,14 @@ def backward_kernel(problem: AttentionProblem) -> str:
     if width <= 64 and not problem.softcap:
         return "backward_narrow"
     return "backward" if width <= 128 else "backward_wide"
+
+
+def takes_further_shares(kernel: str) -> bool:
+    """Whether programs of a backward kernel take a further tile of keys when they are done with one.
+
+    It loads the first tiles of a share while the one before is stored, and takes registers that the others lack.
+    """
+    return kernel == "backward_narrow"
 
 
 def num_shares(computed: AttentionProblem, tiles: ForwardTiles) -> int:

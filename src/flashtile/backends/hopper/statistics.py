@@ -28,6 +28,7 @@ def attention_row_statistics(
     length,
     d_q_sums,
     num_sum_blocks,
+    counter,
     cu_seqlens_q,
     num_heads,
     seqlen_q,
@@ -36,7 +37,7 @@ def attention_row_statistics(
     BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """BLOCK_ROWS rows of one head: their numbers, and zeros for the sums of d_q.
+    """BLOCK_ROWS rows of one head: their numbers, and zeros for the sums of d_q; one for the counter of shares.
 
     lse and d_lse are contiguous [batch, heads, lse_length], lse_log2 and delta [batch, heads, length]; packed ones
     have no batch axis. Rows beyond a sequence get delta 0 and lse_log2 +inf, so p is 0.
@@ -75,6 +76,8 @@ def attention_row_statistics(
     first_sum = _first_sum(line, num_sum_blocks, cu_seqlens_q, batch_idx, first_row, BLOCK_D)
     place = tl.cast(begin, tl.int64) * BLOCK_D + tl.arange(0, BLOCK_ROWS * BLOCK_D)
     tl.store(d_q_sums + first_sum + place, 0.0, mask=place < tl.cdiv(seqlen_q, SUM_ROWS) * SUM_ROWS * BLOCK_D)
+    if counter is not None:
+        tl.store(counter, 0, mask=program_idx == 0)
 
 
 @triton.jit(do_not_specialize=["num_sum_blocks", "seqlen_q"])

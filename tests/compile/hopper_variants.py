@@ -234,12 +234,32 @@ def products(sass: str) -> dict[str, int]:
     return {"hgmma": len(sizes), "multiplications": sum(int(m) * int(n) * int(k) for m, n, k in sizes)}
 
 
+def read_in_a_loop(sass: str) -> int:
+    """The most words of spilled registers that one step of an innermost loop with products reads or writes."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    places = {at: index for index, (at, _text) in enumerate(code)}
+    loops = []
+    for index, (at, text) in enumerate(code):
+        jump = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        target = int(jump[1], 16) if jump else at + 1
+        if target <= at and target in places:
+            loops.append(range(places[target], index + 1))
+    most = 0
+    for loop in loops:
+        inner = [other for other in loops if other != loop and other.start >= loop.start and other.stop <= loop.stop]
+        texts = [code[index][1] for index in loop]
+        if not inner and any("HGMMA" in text for text in texts):
+            most = max(most, sum("LDL" in text or "STL" in text for text in texts))
+    return most
+
+
 def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[dict[str, Any]]:
     """One for each kernel that no variant before has compiled, with the tiles and widths that its call has."""
     compiled.clear()
     made = launch_all(spec)
     width, width_v = plan.widths(validated(spec)[0])
     for found in compiled:
+        sass = cuobjdump(found.kernel, "-sass")
         planned = made.backward if "backward" in found.name else made.forward
         yield {
             "variant": label,
@@ -255,7 +275,8 @@ def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[di
             **needs(found.kernel),
             "unused_barriers": unused_barriers(found.kernel.asm["ttgir"]),
             **ptxas_report(found.log),
-            **products(cuobjdump(found.kernel, "-sass")),
+            "read_in_a_loop": read_in_a_loop(sass),
+            **products(sass),
         }
 
 

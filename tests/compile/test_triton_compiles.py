@@ -15,8 +15,8 @@ from flashtile.backends.triton.tiles import FAMILIES, KERNELS
 
 MOST_SPILLED_BY_THE_NEWEST = 320
 """Bytes, of the dK/dV kernels that Triton 3.9 was timed with too: rows that spill less were slower (docs/triton.md)."""
-MOST_SPILLED_BY_ODD_HEADS = 1024
-"""Bytes, of kernels that have to address every element on its own."""
+MOST_SPILLED_BY_RARE_CALLS = 1024
+"""Bytes, of kernels that have to address every element on its own, or read one number as a bias."""
 COLUMNS = {"dtype": 16, "width": 6, "column": 32, "registers": 10, "spills": 8, "shared": 9}
 
 
@@ -51,7 +51,17 @@ def test_every_subset_of_the_options(tmp_path: Path) -> None:
 def test_heads_of_odd_sizes(tmp_path: Path) -> None:
     """What cannot be copied ahead is stored where it is used: the way on which ptxas once forgot an address."""
     found = variants("triton_variants.py", "sm_90", "odd heads", "0", cache=tmp_path)
-    check_memory(found, as_table(found, COLUMNS), most_shared=FAMILIES["sm_90"], most_spilled=MOST_SPILLED_BY_ODD_HEADS)
+    check_memory(
+        found, as_table(found, COLUMNS), most_shared=FAMILIES["sm_90"], most_spilled=MOST_SPILLED_BY_RARE_CALLS
+    )
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "gfx942"])
+def test_scales_that_are_not_positive(family: str, tmp_path: Path) -> None:
+    """Kernels take a bias of 0 then, and its tile the room in shared memory that a call without options has not."""
+    found = variants("triton_variants.py", family, "negative scales", "0", cache=tmp_path)
+    most_shared, most_spilled = FAMILIES[family], MOST_SPILLED_BY_RARE_CALLS
+    check_memory(found, as_table(found, COLUMNS), most_shared=most_shared, most_spilled=most_spilled)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

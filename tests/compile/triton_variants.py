@@ -141,6 +141,17 @@ def odd_heads(family: str) -> Iterator[dict[str, Any]]:
         yield {"dtype": "torch.bfloat16", "width": width, "column": kernel, **found}
 
 
+def negative_scales(family: str) -> Iterator[dict[str, Any]]:
+    """Kernels that take a bias of 0, where the planner takes the problem."""
+    kernels = {torch.bfloat16: ("forward", "backward_kv", "backward_q"), torch.float32: ("forward",)}
+    for dtype, width in itertools.product(kernels, tiles.WIDTHS):
+        rows = [tiles._TABLE[family][name, dtype.itemsize][width][1] for name in tiles.KERNELS[:-1]]
+        for kernel in kernels[dtype] if None not in rows else ():
+            changes: dict[str, Any] = {"window": None, "causal": False, "sinks": None, "scale": -0.5}
+            found = needs(compiled(family, kernel, 0, width, dtype, HEADS_Q, **changes))
+            yield {"dtype": str(dtype), "width": width, "column": kernel, **found}
+
+
 def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """What the rows of the family's table need, special rows too; or another set of variants, by its name."""
     if kernel == "mixes":
@@ -148,6 +159,9 @@ def variants(family: str, kernel: str, columns: tuple[int, ...]) -> Iterator[dic
         return
     if kernel == "odd heads":
         yield from odd_heads(family)
+        return
+    if kernel == "negative scales":
+        yield from negative_scales(family)
         return
     if kernel == "packed":
         for dtype in (torch.bfloat16, torch.float32):

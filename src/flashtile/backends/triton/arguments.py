@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashtile.backends.gpu import Slopes, Softcap, Window, slopes, softcap, window
 from flashtile.backends.triton.constants import FARTHEST_NEAR, FARTHEST_ROWS, LOG2_E, STATISTICS_ROWS
+from flashtile.backends.triton.tiles import takes_bias
 from flashtile.spec.dropout import drop_threshold
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -131,9 +132,7 @@ def score_rules(
     bias = operands.bias
     is_natural = may_be_natural and bias is not None and problem.dtype.itemsize == 2
     reach = problem.seqlen_q + problem.seqlen_kv + 2 * STATISTICS_ROWS
-    is_plain = not (problem.softcap or problem.has_alibi or bias is not None)
-    if is_plain and problem.scale <= 0:
-        # Without these options the kernels find each row's maximum before they scale, which needs a positive scale.
+    if bias is None and takes_bias(problem):
         bias = torch.zeros((), device=operands.q.device)
     return ScoreRules(
         scale_log2=problem.scale * LOG2_E,

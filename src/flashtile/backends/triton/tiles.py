@@ -297,17 +297,26 @@ def family(device: DeviceSpec) -> str:
     return next((name for name, size in FAMILIES.items() if device.shared_memory_bytes >= size), "gfx942")
 
 
+def takes_bias(problem: AttentionProblem) -> bool:
+    """Whether kernels add a bias: one of 0 where scores come with no option, and a scale that is not positive.
+
+    Without options they find each row's maximum before they scale, which needs a positive scale.
+    """
+    is_plain = not (problem.softcap or problem.has_alibi)
+    return problem.bias_shape is not None or (is_plain and problem.scale <= 0)
+
+
 def demand(problem: AttentionProblem) -> int:
     """What a pair needs beyond its product: 0 nothing but a window, 1 other changes of its score, 2 random numbers."""
     if problem.dropout_p > 0:
         return 2
-    has_pair_operand = problem.bias_shape is not None or problem.mask_shape is not None
+    has_pair_operand = takes_bias(problem) or problem.mask_shape is not None
     return int(has_pair_operand or problem.has_alibi or problem.softcap > 0)
 
 
 def special_case(problem: AttentionProblem) -> str:
     """The only option, if neither groups nor a left window; "full": no option, no window; else "ordinary"."""
-    is_there = (problem.bias_shape is not None, problem.mask_shape is not None, problem.has_alibi, problem.softcap > 0)
+    is_there = (takes_bias(problem), problem.mask_shape is not None, problem.has_alibi, problem.softcap > 0)
     found = [name for name, is_used in zip(_ONE_OPTION, is_there, strict=True) if is_used]
     if problem.dropout_p > 0 or len(found) > 1:
         return "ordinary"

@@ -265,7 +265,7 @@ def load_step(call, channels, loads, work, i, WITH_KEYS: gl.constexpr):
     q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc = loads
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
-    NUM_PARTS: gl.constexpr = channels.k.shape[0] if WITH_KEYS else 0
+    NUM_PARTS: gl.constexpr = channels.k.shape[0] * WITH_KEYS
     sequence = work.sequence
     tile_idx, head_idx = tile_and_head(work, call, i)
     step, row = work.first_step + i, tile_idx * ROWS

@@ -59,7 +59,7 @@ def test_sizes_and_tensors_pose_the_same_problem(
 ) -> None:
     from_sizes = flashtile.explain(**SMALL, **options, **sized, device="cpu")
     from_tensors = flashtile.explain(*qkv(), **options, **tensors)
-    assert from_sizes == from_tensors
+    assert replace(from_sizes, device=from_tensors.device) == from_tensors  # of CPUs the table has a guess alone
 
 
 def test_the_tensor_form_poses_what_the_call_itself_poses() -> None:

@@ -182,9 +182,9 @@ def calls(sets: list[str]) -> Iterator[tuple[str, CallSpec, int]]:
     """(set, call, number of SMs)"""
     for name in sets:
         for index, spec in enumerate(SETS[name]()):
-            every = NUM_SMS[:1] if name == "further shares" else NUM_SMS[index % len(NUM_SMS) :][:1]
-            every = NUM_SMS_OF_SPLIT if name == "split" else every
-            yield from ((name, spec, num_sms) for num_sms in every)
+            every = {"split": NUM_SMS_OF_SPLIT, "further shares": NUM_SMS[:1]}
+            in_turn = NUM_SMS[index % len(NUM_SMS) :][:1]
+            yield from ((name, spec, num_sms) for num_sms in every.get(name, in_turn))
 
 
 def validated(call: Call, *, has_gradients: bool) -> tuple[AttentionProblem, Operands]:

@@ -36,6 +36,7 @@ H200 = devices.by_name("h200")
 PLAIN = CallSpec(
     lengths_q=(256, 256), lengths_kv=(256, 256), heads_kv=4, head_dim=128, head_dim_v=128, dtype=torch.bfloat16
 )
+NARROW = replace(PLAIN, head_dim=64, head_dim_v=64)
 EVERYTHING: dict[str, Any] = {
     "window": (100, 0),
     "softcap": 30.0,
@@ -97,22 +98,19 @@ def split(**options: Any) -> dict[str, CallSpec]:
 
 
 def long() -> dict[str, CallSpec]:
-    """Packed calls that are long enough for the backward's two loops; at 64 they are there without causality alone."""
-    spec = replace(PLAIN, lengths_q=(2000,), lengths_kv=(2000,), is_packed=True)
-    return {
-        "64, long, left window": replace(spec, head_dim=64, head_dim_v=64, window=(100, None)),
-        "128, long, causal": replace(spec, causal=True),
-        "128, long, everything": replace(spec, **EVERYTHING),
-    }
+    """A packed call that has the two loops of the backward for narrow heads."""
+    spec = replace(NARROW, lengths_q=(2000,), lengths_kv=(2000,), is_packed=True)
+    return {"64, long, left window": replace(spec, window=(100, None))}
 
 
 def lengths() -> dict[str, CallSpec]:
     """Calls that differ in sequence lengths and in how many there are; not of one query, to which causal is full."""
     spec = replace(PLAIN, causal=True)
     found = {
-        f"{'short' if length <= 1024 else 'long'} {batch} of {length}": replace(
-            spec, lengths_q=(length,) * batch, lengths_kv=(length,) * batch
+        f"{name}-{'short' if length <= 1024 else 'long'} {batch} of {length}": replace(
+            kind, lengths_q=(length,) * batch, lengths_kv=(length,) * batch
         )
+        for name, kind in (("causal", spec), ("narrow", NARROW))
         for length, batch in ((2, 1), (63, 1), (64, 3), (1000, 2), (1024, 16), (1025, 3), (2048, 16))
     }
     for seqlen_q, seqlen_kv, batch in ((2, 2049, 1), (15, 8192, 3), (128, 12345, 1)):  # 4, 16 and 6 parts

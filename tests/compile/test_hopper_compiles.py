@@ -36,7 +36,7 @@ PRODUCTS = {
 Forward: Q @ K.T before the loop and in it; P @ V in it and behind it. Backward: Q @ K.T, dS @ K, dS.T @ Q; d_out @ V.T,
 P.T @ d_out; who is a step behind with dS @ K has it behind the loop too. What is not here multiplies no tiles.
 """
-PRODUCTS_OF_TWO_LOOPS = {"attention_backward_narrow": (5, 4), "attention_backward": (7, 4)}
+PRODUCTS_OF_TWO_LOOPS = {"attention_backward_narrow": (5, 4)}
 """The same where each product in the loop is in two of them."""
 COLUMNS = {
     "variant": 24,

@@ -209,7 +209,7 @@ def poisoned() -> Iterator[None]:
 
 def with_two_loops(made: Plan) -> Plan:
     """As long calls have it; these are too short for that."""
-    if made.backward.kernel == "backward_wide":
+    if made.backward.kernel != "backward_narrow":
         return made
     tiles: Any = made.backward.tiles
     return replace(made, backward=replace(made.backward, tiles=replace(tiles, has_two_loops=True)))

@@ -172,7 +172,9 @@ def wait(barrier: Barrier, parity: int) -> None:
     Program.current.wait(f"{barrier.name}, parity {parity}", lambda: barrier.has_ended(parity))
 
 
-def arrive(barrier: Barrier, *, count: int) -> None:
+def arrive(barrier: Barrier, *, count: int, pred: Any = True) -> None:
+    if not pred:
+        return
     program = Program.current
     tile = program.guarded.get(barrier)
     if tile is not None and any(product.reads(tile) for product in program.issued.products):

@@ -32,7 +32,6 @@ from flashtile.backends.hopper.backward_parts import (
     Channels,
     Order,
     add_d_q,
-    add_steps,
     clean,
     d_q_product,
     load,
@@ -46,7 +45,14 @@ from flashtile.backends.hopper.backward_parts import (
 )
 from flashtile.backends.hopper.primitives import scores
 from flashtile.backends.hopper.primitives.addressing import Sums
-from flashtile.backends.hopper.primitives.channel import make_barriers, make_channel, receive, release, send
+from flashtile.backends.hopper.primitives.channel import (
+    make_barriers,
+    make_channel,
+    receive,
+    release,
+    release_previous,
+    send,
+)
 from flashtile.backends.hopper.primitives.gluon_compat import (
     jit,
     warpgroup_mma,
@@ -54,8 +60,9 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     zeros,
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
-from flashtile.backends.hopper.primitives.masking import q_tiles
+from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.tiles import store_rows
+from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 NUM_D_S_SLOTS = gl.constexpr(4)
@@ -97,7 +104,6 @@ def attention_backward(
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-    TWO_LOOPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
@@ -130,8 +136,8 @@ def attention_backward(
     sums = Sums(d_q_sums, num_sum_blocks)
     gl.warp_specialize(
         [
-            (gradients, (0, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V, TWO_LOOPS)),
-            (gradients, (1, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V, TWO_LOOPS)),
+            (gradients, (0, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V)),
+            (gradients, (1, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V)),
             (load, (call, channels, loads)),
             (clean, (call, channels)),
         ],
@@ -150,7 +156,6 @@ def gradients(
     targets,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
-    TWO_LOOPS: gl.constexpr,
 ):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
@@ -174,10 +179,15 @@ def gradients(
     k, v = channels.k.index(part), channels.v.index(part)
     if work.num_steps > 0:
         wait_for_keys(call, channels, work)
+    if part == 1:
+        pass_turn(0)
     send(d_s, part, no_s.to(dtype))  # d_q is a step behind: before the first one it adds 0
 
     block = Block(work, k, v, kv_pos, q_idx, d_s, sums)
-    d_k, d_v = add_steps(add_step, block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
+    for step in range(work.num_steps):
+        tile_idx, _head_idx = tile_and_head(work, call, step)
+        is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
+        d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
 
     if work.num_steps > 0:
         d_q_token = d_q_product(d_s, channels.k, work.num_steps, part * Q_COLS, Q_COLS)
@@ -193,7 +203,7 @@ def gradients(
 
 @jit
 def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexpr):
-    """(d_k, d_v) with what the queries of a step add, whose product with d_out runs beside d_q of the step before."""
+    """(d_k, d_v) with what the queries of a step add; d_q is that of the step before."""
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
@@ -207,30 +217,32 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
     head = scores.HeadRules(call.rules, work.sequence, slope_log2)
     q = receive(channels.q, step)
     wait_for_rows(call, channels, step)
+    take_turn(part)
     s_token = warpgroup_mma(block.k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
     d_out = receive(channels.d_out, step)
     d_p_token = warpgroup_mma(block.v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
+    release_previous(channels.q, step)
     lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
     s_t = warpgroup_mma_wait(1, deps=[s_token])
+    pass_turn(1 - part)
     s_t, capped_t = scores.scored(s_t, head, q_begin + block.q_idx, block.kv_pos, is_masked)
     p_t = scores.probabilities(s_t, scores.unit_log2(call.rules), lse_log2)
     p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
     delta = row_numbers(channels.delta, step, cols_of(S))
     d_p_t = warpgroup_mma_wait(0, deps=[d_p_token])
-    d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
     d_s_t = p_t * (d_p_t - gl.expand_dims(delta, 0))
     if call.rules.softcap is not None:
         d_s_t *= 1.0 - capped_t * capped_t
     d_s_t = d_s_t.to(dtype)  # rounded for the products with Q and K
     send(block.d_s, (step + 1) * NUM_CONSUMERS + part, d_s_t)
     d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
+    d_v_token = warpgroup_mma(p_operand, d_out, d_v, is_async=True)
     d_q_token = d_q_product(block.d_s, channels.k, step, part * Q_COLS, Q_COLS)
     d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
     d_q, d_v = warpgroup_mma_wait(1, deps=[d_q_token, d_v_token])
     tile_idx, head_idx = tile_and_head(work, call, gl.maximum(step - 1, 0))
     add_d_q(block.sums, d_q, call, work, tile_idx, head_idx, part * Q_COLS, BLOCK_D)
-    d_k = warpgroup_mma_wait(0, deps=[d_k_token])
     release(channels.d_out, step)
-    release(channels.q, step)
     release_parts(block.d_s, step, NUM_CONSUMERS)
+    d_k = warpgroup_mma_wait(0, deps=[d_k_token])
     return d_k, d_v

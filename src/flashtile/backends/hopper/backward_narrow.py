@@ -24,7 +24,6 @@ from flashtile.backends.hopper.backward_parts import (
     Channels,
     Order,
     add_d_q,
-    add_steps,
     clean,
     d_q_product,
     find_work,
@@ -48,9 +47,10 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     zeros,
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
-from flashtile.backends.hopper.primitives.masking import q_tiles
+from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.scheduling import END, make_share_channel
 from flashtile.backends.hopper.primitives.tiles import store_rows
+from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 NUM_D_S_SLOTS = gl.constexpr(4)
@@ -152,6 +152,8 @@ def gradients(
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
 
+    if part == 1:
+        pass_turn(0)
     turn, first_step, num_before = 0, 0, 0
     share_idx = receive_share(channels.shares, turn, 4)
     while share_idx != END:
@@ -186,6 +188,58 @@ def gradients(
 
 
 @jit
+def run_of_tiles(work, own_tiles, has_all_keys, tile_idx):
+    """(full, partial): how many tiles from one on downwards are visible everywhere, or how many are not.
+
+    Args:
+        own_tiles: which query tiles a consumer's own keys see, and which of them everywhere.
+        has_all_keys: whether none of its keys lies behind the end of the sequence.
+    """
+    num_full = gl.where(is_full(own_tiles, tile_idx) & has_all_keys, tile_idx + 1 - own_tiles.full_begin, 0)
+    has_full_below = (tile_idx >= own_tiles.full_end) & (own_tiles.full_end > own_tiles.full_begin) & has_all_keys
+    first_partial = gl.where(has_full_below, own_tiles.full_end, work.tiles.begin)
+    return num_full, gl.where(num_full > 0, 0, tile_idx + 1 - first_partial)
+
+
+@jit
+def add_steps(
+    add_step: gl.constexpr,
+    block,
+    call,
+    channels,
+    own_tiles,
+    has_all_keys,
+    d_k,
+    d_v,
+    part: gl.constexpr,
+    TWO_LOOPS: gl.constexpr,
+):
+    """(d_k, d_v) after all steps of a program: in one loop, or those whose tiles are visible everywhere in their own.
+
+    Args:
+        add_step: the kernel's own step.
+        block: a consumer's keys; ``own_tiles`` and ``has_all_keys`` as for ``run_of_tiles``.
+    """
+    work = block.work
+    if TWO_LOOPS:
+        step = 0
+        while step < work.num_steps:
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            num_full, num_partial = run_of_tiles(work, own_tiles, has_all_keys, tile_idx)
+            for i in range(num_full):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, False, part)
+            for i in range(num_partial):
+                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, True, part)
+            step += num_full + num_partial
+    else:
+        for step in range(work.num_steps):
+            tile_idx, _head_idx = tile_and_head(work, call, step)
+            is_masked = not (is_full(own_tiles, tile_idx) & has_all_keys)
+            d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
+    return d_k, d_v
+
+
+@jit
 def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexpr):
     """(d_k, d_v) with what the queries of a step add."""
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
@@ -201,10 +255,12 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
     q = receive(channels.q, at)
     wait_for_rows(call, channels, at)
     lse_log2 = row_numbers(channels.lse_log2, at, cols_of(S))
+    take_turn(part)
     s_token = warpgroup_mma(block.k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
     d_out = receive(channels.d_out, at)
     d_p_token = warpgroup_mma(block.v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
     s_t = warpgroup_mma_wait(1, deps=[s_token])
+    pass_turn(1 - part)
     s_t, capped_t = scores.scored(s_t, head, tile_idx * ROWS + block.q_idx, block.kv_pos, is_masked)
     p_t = scores.probabilities(s_t, scores.unit_log2(call.rules), lse_log2)
     p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
@@ -218,8 +274,9 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
     d_s_operand = gl.convert_layout(d_s_t, operand_layout(BLOCK_D))
     send(block.d_s, at * NUM_CONSUMERS + part, d_s_t)
     d_k_token = warpgroup_mma(d_s_operand, q, d_k, is_async=True)
-    d_v, d_k = warpgroup_mma_wait(0, deps=[d_v_token, d_k_token])
+    d_v = warpgroup_mma_wait(1, deps=[d_v_token])
     release(channels.d_out, at)
+    d_k = warpgroup_mma_wait(0, deps=[d_k_token])
     release(channels.q, at)
     return d_k, d_v
 

@@ -26,7 +26,7 @@ from flashtile.backends.hopper.primitives.layouts import (
     product_layout,
     rows_of,
 )
-from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
+from flashtile.backends.hopper.primitives.masking import q_tiles
 from flashtile.backends.hopper.primitives.scheduling import END, NUM_SLOTS, number_at
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from
 
@@ -170,58 +170,6 @@ def tile_and_head(work, call, step):
         tile_idx = work.tiles.end - 1 - step % work.num_tiles
         head_idx = work.kv_head_idx * call.heads.per_kv + step // work.num_tiles
     return tile_idx, head_idx
-
-
-@jit
-def run_of_tiles(work, own_tiles, has_all_keys, tile_idx):
-    """(full, partial): how many tiles from one on downwards are visible everywhere, or how many are not.
-
-    Args:
-        own_tiles: which query tiles a consumer's own keys see, and which of them everywhere.
-        has_all_keys: whether none of its keys lies behind the end of the sequence.
-    """
-    num_full = gl.where(is_full(own_tiles, tile_idx) & has_all_keys, tile_idx + 1 - own_tiles.full_begin, 0)
-    has_full_below = (tile_idx >= own_tiles.full_end) & (own_tiles.full_end > own_tiles.full_begin) & has_all_keys
-    first_partial = gl.where(has_full_below, own_tiles.full_end, work.tiles.begin)
-    return num_full, gl.where(num_full > 0, 0, tile_idx + 1 - first_partial)
-
-
-@jit
-def add_steps(
-    add_step: gl.constexpr,
-    block,
-    call,
-    channels,
-    own_tiles,
-    has_all_keys,
-    d_k,
-    d_v,
-    part: gl.constexpr,
-    TWO_LOOPS: gl.constexpr,
-):
-    """(d_k, d_v) after all steps of a program: in one loop, or those whose tiles are visible everywhere in their own.
-
-    Args:
-        add_step: the kernel's own step.
-        block: a consumer's keys; ``own_tiles`` and ``has_all_keys`` as for ``run_of_tiles``.
-    """
-    work = block.work
-    if TWO_LOOPS:
-        step = 0
-        while step < work.num_steps:
-            tile_idx, _head_idx = tile_and_head(work, call, step)
-            num_full, num_partial = run_of_tiles(work, own_tiles, has_all_keys, tile_idx)
-            for i in range(num_full):
-                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, False, part)
-            for i in range(num_partial):
-                d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, True, part)
-            step += num_full + num_partial
-    else:
-        for step in range(work.num_steps):
-            tile_idx, _head_idx = tile_and_head(work, call, step)
-            is_masked = not (is_full(own_tiles, tile_idx) & has_all_keys)
-            d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
-    return d_k, d_v
 
 
 @jit

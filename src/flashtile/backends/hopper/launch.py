@@ -288,7 +288,7 @@ def backward(
         make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
         d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
         kernel, constants = _BACKWARD[plan.backward.kernel]
-        if plan.backward.kernel != "backward_wide":
+        if plan.backward.kernel == "backward_narrow":
             constants = {"TWO_LOOPS": tiles.has_two_loops, **constants}
         kernel(
             (problem, tiles),

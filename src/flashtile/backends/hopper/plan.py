@@ -84,7 +84,7 @@ _BACKWARD: dict[tuple[str, bool], tuple[tuple[int, BackwardTiles], ...]] = {
     ("backward_narrow", False): ((1024, _NARROW_BACKWARD), (LONGEST, replace(_NARROW_BACKWARD, has_two_loops=True))),
     ("backward_narrow", True): ((LONGEST, _NARROW_BACKWARD),),
     ("backward", False): ((LONGEST, _MIDDLE_BACKWARD),),
-    ("backward", True): ((1024, _MIDDLE_BACKWARD), (LONGEST, replace(_MIDDLE_BACKWARD, has_two_loops=True))),
+    ("backward", True): ((LONGEST, _MIDDLE_BACKWARD),),
     ("backward_wide", False): ((LONGEST, _WIDE_BACKWARD),),
     ("backward_wide", True): ((LONGEST, _WIDE_BACKWARD),),
 }

@@ -99,3 +99,10 @@ def release(channel, step):
     """A reader is done with the tile of a step."""
     num_slots: gl.constexpr = channel.tiles.shape[0]
     mbarrier.arrive(channel.empty.index(step % num_slots), count=1)
+
+
+@jit
+def release_previous(channel, step):
+    """A reader is done with the tile of the step before this one, if there is one."""
+    num_slots: gl.constexpr = channel.tiles.shape[0]
+    mbarrier.arrive(channel.empty.index((step + num_slots - 1) % num_slots), count=1, pred=step > 0)

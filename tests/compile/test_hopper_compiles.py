@@ -15,7 +15,7 @@ from variants_process import NEWEST, as_table, check_memory, needs_newest, varia
 from flashtile.spec import devices
 
 MOST_SPILLED = 288
-"""Bytes. Three rows spill more than 64, the causal backward for 128 and for 64: around their loops, which read few of
+"""Bytes. Two rows spill more than 64, the causal backward for 128 and for 64: around their loops, which read few of
 them."""
 MOST_READ_IN_A_LOOP = 5
 """Words of spilled registers at one step of a loop with products: each of an instruction among some 600."""

@@ -62,7 +62,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.tiles import store_rows
-from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
+from flashtile.backends.hopper.primitives.turns import first_turn, pass_turn, take_turn
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 NUM_D_S_SLOTS = gl.constexpr(4)
@@ -179,8 +179,7 @@ def gradients(
     k, v = channels.k.index(part), channels.v.index(part)
     if work.num_steps > 0:
         wait_for_keys(call, channels, work)
-    if part == 1:
-        pass_turn(0)
+    first_turn(part, NUM_CONSUMERS)
     send(d_s, part, no_s.to(dtype))  # d_q is a step behind: before the first one it adds 0
 
     block = Block(work, k, v, kv_pos, q_idx, d_s, sums)

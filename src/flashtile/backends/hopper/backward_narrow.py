@@ -4,7 +4,7 @@ Like ``backward``, with other consumers of the same tiles:
 
 | partition | does |
 |---|---|
-| ``gradients`` | two times four warps: 64 keys each, with S, dP, d_v and d_k of its keys; never waits for the other |
+| ``gradients`` | two times four warps: 64 keys each, with S, dP, d_v and d_k of its keys |
 | ``add_up_d_q`` | four warps: d_q of a tile from both consumers' dS, added to memory in float32 |
 
 Shared memory bounds the products of so narrow heads: an operand in registers is one that is not read there again.
@@ -50,7 +50,7 @@ from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.scheduling import END, make_share_channel
 from flashtile.backends.hopper.primitives.tiles import store_rows
-from flashtile.backends.hopper.primitives.turns import pass_turn, take_turn
+from flashtile.backends.hopper.primitives.turns import first_turn, pass_turn, take_turn
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
 NUM_D_S_SLOTS = gl.constexpr(4)
@@ -152,8 +152,7 @@ def gradients(
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
 
-    if part == 1:
-        pass_turn(0)
+    first_turn(part, NUM_CONSUMERS)
     turn, first_step, num_before = 0, 0, 0
     share_idx = receive_share(channels.shares, turn, 4)
     while share_idx != END:
@@ -175,7 +174,7 @@ def gradients(
             mbarrier.arrive(channels.kv_empty.index(0), count=1)
 
         block = Block(work, k, v, kv_pos, q_idx, d_s)
-        d_k, d_v = add_steps(add_step, block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
+        d_k, d_v = add_steps(block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
 
         d_k_matrix, d_v_matrix, scale = targets
         num_rows = sequence.seqlen_kv - own_begin
@@ -202,23 +201,10 @@ def run_of_tiles(work, own_tiles, has_all_keys, tile_idx):
 
 
 @jit
-def add_steps(
-    add_step: gl.constexpr,
-    block,
-    call,
-    channels,
-    own_tiles,
-    has_all_keys,
-    d_k,
-    d_v,
-    part: gl.constexpr,
-    TWO_LOOPS: gl.constexpr,
-):
-    """(d_k, d_v) after all steps of a program: in one loop, or those whose tiles are visible everywhere in their own.
+def add_steps(block, call, channels, own_tiles, has_all_keys, d_k, d_v, part: gl.constexpr, TWO_LOOPS: gl.constexpr):
+    """(d_k, d_v) after all steps of a share: in one loop, or those whose tiles are visible everywhere in their own.
 
-    Args:
-        add_step: the kernel's own step.
-        block: a consumer's keys; ``own_tiles`` and ``has_all_keys`` as for ``run_of_tiles``.
+    ``own_tiles`` and ``has_all_keys`` as for ``run_of_tiles``.
     """
     work = block.work
     if TWO_LOOPS:

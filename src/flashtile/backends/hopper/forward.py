@@ -60,7 +60,7 @@ from flashtile.backends.hopper.primitives.scheduling import (
     share,
 )
 from flashtile.backends.hopper.primitives.tiles import halves, store_rows, zero_rows_from
-from flashtile.backends.hopper.primitives.turns import next_in_turn, pass_turn, take_turn
+from flashtile.backends.hopper.primitives.turns import first_turn, next_in_turn, pass_turn, take_turn
 
 ROWS = gl.constexpr(constants.ROWS)
 
@@ -247,8 +247,7 @@ def softmax_and_pv(
     no_s = zeros([ROWS, BLOCK_KV], gl.float32, S)
     next_part: gl.constexpr = next_in_turn(part, NUM_CONSUMERS, IN_TURN)
     if IN_TURN:
-        if next_part == 0:
-            pass_turn(0)
+        first_turn(part, NUM_CONSUMERS)
     step, turn = 0, 0
     work = receive_share(shares, 0, call.schedule.splits)
     while work.tile_idx != END:

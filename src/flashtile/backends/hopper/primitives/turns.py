@@ -21,6 +21,13 @@ def next_in_turn(part, num_parts, is_in_turn):
 
 
 @jit
+def first_turn(part: gl.constexpr, NUM_PARTS: gl.constexpr):
+    """Before any other: the last consumer passes a turn to the first one."""
+    if part == NUM_PARTS - 1:
+        pass_turn(0)
+
+
+@jit
 def take_turn(part: gl.constexpr):
     """Waits until the consumer before this one has passed the turn on."""
     _run(_sync(part))

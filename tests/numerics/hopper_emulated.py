@@ -31,6 +31,7 @@ from flashtile.testing import Call, CallSpec, Results, assert_results_within_bud
 gluon_emulator.install()
 launch = import_module("flashtile.backends.hopper.launch")
 forward = import_module("flashtile.backends.hopper.forward")
+backward = import_module("flashtile.backends.hopper.backward")
 backward_narrow = import_module("flashtile.backends.hopper.backward_narrow")
 scheduling = import_module("flashtile.backends.hopper.primitives.scheduling")
 vars(launch)["_counter"] = launch._counter_of_default_stream  # one for all calls
@@ -169,13 +170,16 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "the product of S is not waited for": {
         "warpgroup_mma_wait": lambda most, deps, wait=forward.warpgroup_mma_wait: wait(2 * most, deps=deps)
     },
+    "Q is given back while it is multiplied": {
+        "release_previous": lambda channel, step: backward.release(channel, step)
+    },
     "the counter is not set back": {
         "next_share": lambda schedule: (
             scheduling.gl.num_programs(0) + scheduling.gl.atomic_add(schedule.counter, 1, sem="relaxed")
         )
     },
 }
-"""Mistake -> names of ``forward.py``, or of ``backward_narrow.py``, that make it."""
+"""Mistake -> names of the kernels' modules that make it."""
 
 
 def calls(sets: list[str]) -> Iterator[tuple[str, CallSpec, int]]:
@@ -251,7 +255,9 @@ def main() -> None:
     torch.set_num_threads(1)
     gluon_emulator.Program.pauses = gluon_emulator.Pauses(LONGEST_PAUSE_S, seed=chosen.seed)
     for name, wrong in MISTAKES.get(chosen.mistake, {}).items():
-        setattr(forward if hasattr(forward, name) else backward_narrow, name, wrong)
+        for module in (forward, backward, backward_narrow):
+            if hasattr(module, name):
+                setattr(module, name, wrong)
     failures, fewest_keys = 0, (plan.FEWEST_KEYS, plan.FEWEST_KEYS_PER_QUERY)
     for name, spec, num_sms in calls(chosen.sets):
         plan.FEWEST_KEYS, plan.FEWEST_KEYS_PER_QUERY = (64, 0) if name == "split" else fewest_keys

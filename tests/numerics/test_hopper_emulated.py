@@ -40,6 +40,7 @@ def test_results(calls: str) -> None:
         ("no fence", "huge", "without a fence"),
         ("every part has all keys", "split", "lse "),
         ("the product of S is not waited for", "huge", "may still run"),
+        ("Q is given back while it is multiplied", "gradients", "whose tile a product still reads"),
         ("shares count their steps from 0", "further shares", "everyone waits"),
         ("the counter is not set back", "huge", "the counter of shares was left at 12"),
     ],

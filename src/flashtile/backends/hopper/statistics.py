@@ -1,6 +1,7 @@
 """Before the backward: delta = rowsum(out * d_out) - d_lse, the lse as a power of two, and zeros. After it: d_q.
 
-Plain Triton: passes that memory bounds have no use for Hopper's asynchronous units.
+Plain Triton: passes that memory bounds have no use for Hopper's asynchronous units. Both go from the last head to the
+first: then the L2 cache has what the kernel begins with, and what it ended with.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def attention_row_statistics(
     have no batch axis. Rows beyond a sequence get delta 0 and lse_log2 +inf, so p is 0.
     """
     num_blocks = tl.cdiv(seqlen_q, STATISTICS_ROWS) * (STATISTICS_ROWS // BLOCK_ROWS)
-    program_idx = tl.program_id(0)
+    program_idx = tl.num_programs(0) - 1 - tl.program_id(0)
     head_and_batch = program_idx // num_blocks
     head_idx, batch_idx = head_and_batch % num_heads, head_and_batch // num_heads
     begin = program_idx % num_blocks * BLOCK_ROWS
@@ -95,7 +96,7 @@ def attention_scale_d_q(
 ):
     """d_q = scale * sums, rounded once, of BLOCK_ROWS rows of one head."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_ROWS)
-    program_idx = tl.program_id(0)
+    program_idx = tl.num_programs(0) - 1 - tl.program_id(0)
     head_and_batch = program_idx // num_blocks
     head_idx, batch_idx = head_and_batch % num_heads, head_and_batch // num_heads
     begin = program_idx % num_blocks * BLOCK_ROWS

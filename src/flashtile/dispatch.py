@@ -16,7 +16,7 @@ from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
 BACKENDS: dict[str, Planner] = {"cpu": cpu, "hopper": hopper, "triton": triton, "naive": naive}
-"""Every backend, fastest first; ``auto`` takes the first that does not reject the problem."""
+"""Every backend, as a rule fastest first; ``auto`` takes the first that does not reject the problem."""
 
 
 def check_backend(backend: str, *, argument: str = "backend") -> None:
@@ -61,11 +61,20 @@ def check_fallback(plan: Plan, backend: str) -> None:
         )
 
 
+def fastest_first(problem: AttentionProblem) -> list[str]:
+    """The names of all backends in the order in which ``auto`` asks them."""
+    names = list(BACKENDS)
+    if {"hopper", "triton"} <= BACKENDS.keys() and hopper.is_slower_than_triton(problem):
+        names.remove("hopper")
+        names.insert(names.index("triton") + 1, "hopper")
+    return names
+
+
 @lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem, device: DeviceSpec, backend: str) -> Plan:
-    candidates = BACKENDS if backend == "auto" else {backend: BACKENDS[backend]}
     rejected: dict[str, tuple[str, ...]] = {}
-    for name, planner in candidates.items():
+    for name in fastest_first(problem) if backend == "auto" else [backend]:
+        planner = BACKENDS[name]
         reasons = planner.rejects(problem, device)
         if not reasons:
             return replace(planner.plan(problem, device), rejected=tuple(rejected.items()))

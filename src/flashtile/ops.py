@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -119,11 +119,30 @@ def run_forward_again(
         return find(call.problem, operands, call.plan)
 
 
-def record(
-    call: Prepared, operands: Operands, forward: Callable[[Operands], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """``forward``, differentiable; not while ``is_watched`` says that someone has to see the registered op."""
-    return _Recorded.apply((call, operands, forward), *tensors_of(operands))
+def run_backward_again(
+    call: Prepared, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Gradients, Callable[..., Gradients] | None]:
+    """The gradients, and the backend's shortest way to those of calls like this, if there is one."""
+    find = getattr(call.launcher, "backward_again", None)
+    if find is None:
+        return _run_backward(call, operands, saved, d_out, d_lse), None
+    with _without_autocast(operands.q.device.type):
+        return find(call.problem, operands, saved, d_out, d_lse, call.plan)
+
+
+class Recorded(Protocol):
+    """A call that ``record`` makes differentiable."""
+
+    prepared: Prepared
+
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor]: ...
+
+    def backward(self, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients: ...
+
+
+def record(call: Recorded, operands: Operands) -> tuple[Tensor, Tensor]:
+    """Its forward, differentiable; not while ``is_watched`` says that someone has to see the registered op."""
+    return _RecordedFunction.apply((call, operands), *tensors_of(operands))
 
 
 def is_watched() -> bool:
@@ -268,9 +287,9 @@ def _refuse_second_derivative(*_: Any) -> None:
     )
 
 
-def _record(ctx: Any, recorded: tuple[Prepared, Operands, Any], *tensors: Any) -> tuple[Tensor, Tensor]:
-    call, operands, forward = recorded
-    out, lse = forward(operands)
+def _record(ctx: Any, recorded: tuple[Recorded, Operands], *tensors: Any) -> tuple[Tensor, Tensor]:
+    call, operands = recorded
+    out, lse = call.forward(operands)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(out, lse, *tensors)
     ctx.call = call
@@ -278,13 +297,13 @@ def _record(ctx: Any, recorded: tuple[Prepared, Operands, Any], *tensors: Any) -
 
 
 def _differentiate_record(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    call, (out, lse, *tensors) = ctx.call, ctx.saved_tensors
-    operands = Operands.of(tensors)
+    recorded, (out, lse, *tensors) = ctx.call, ctx.saved_tensors
+    call, operands = recorded.prepared, Operands.of(tensors)
     is_as_planned = (d_lse is not None) == ("lse" in call.problem.gradients)
     if torch.is_grad_enabled() or is_watched() or not is_as_planned:
         ctx.options = _flat(call.problem, operands, call.plan.backend)[_NUM_TENSORS:]
         return _differentiate(ctx, d_out, d_lse)[: 1 + _NUM_TENSORS]
-    found = _run_backward(call, operands, Saved(out=out, lse=lse), d_out, d_lse)
+    found = recorded.backward(operands, Saved(out=out, lse=lse), d_out, d_lse)
     return (None, *(getattr(found, name, None) for name in FIELDS))
 
 
@@ -296,7 +315,7 @@ def _autograd_node(name: str, forward: Callable[..., Any], backward: Callable[..
 
 
 _AttentionForward = _autograd_node("FlashtileAttention", _forward_and_save, _differentiate)
-_Recorded = _autograd_node("FlashtileAttentionAgain", _record, _differentiate_record)
+_RecordedFunction = _autograd_node("FlashtileAttentionAgain", _record, _differentiate_record)
 _AttentionBackward = _autograd_node("FlashtileAttentionBackward", _backward_alone, _refuse_second_derivative)
 
 

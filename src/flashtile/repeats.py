@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashtile import dispatch, ops
+from flashtile.backends.base import Gradients, Saved
 from flashtile.ops import Prepared
 from flashtile.spec.operands import Operands
 from flashtile.spec.problem import AttentionProblem
@@ -28,15 +29,19 @@ _NO_TENSORS = frozenset((type(None), bool, int, float, str, tuple, list))
 
 
 class Known:
-    """A call that came before; ``again`` is its backend's shortest way, if it has one for calls like this."""
+    """A call that came before; ``again`` is its backend's shortest way, if it has one for calls like this.
 
-    __slots__ = ("again", "has_come_again", "prepared", "records")
+    ``backward_again`` is that of its gradients.
+    """
+
+    __slots__ = ("again", "backward_again", "has_come_again", "prepared", "records")
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self.records = bool(prepared.problem.gradients)
         self.has_come_again = False
         self.again: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self.backward_again: Callable[..., Gradients] | None = None
 
     def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         """(out, lse) from the kernels, below autograd."""
@@ -47,6 +52,13 @@ class Known:
         self.has_come_again = True
         results, self.again = ops.run_forward_again(self.prepared, operands)
         return results
+
+    def backward(self, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients:
+        """The gradients from the kernels."""
+        if self.backward_again is not None:
+            return self.backward_again(operands, saved, d_out, d_lse)
+        gradients, self.backward_again = ops.run_backward_again(self.prepared, operands, saved, d_out, d_lse)
+        return gradients
 
 
 _known: dict[tuple[Any, ...], Known] = {}
@@ -98,4 +110,4 @@ def run(known: Known, q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[
         return known.again(q, k, v, *_dense_options(call))
     dispatch.check_fallback(known.prepared.plan, dispatch.resolved(backend))
     operands = Operands(q=q, k=k, v=v, **{name: call[name] for name in _TENSORS if name in call})
-    return ops.record(known.prepared, operands, known.forward) if known.records else known.forward(operands)
+    return ops.record(known, operands) if known.records else known.forward(operands)

@@ -14,7 +14,7 @@ from flashtile.spec import devices, sizes
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
-_PLAIN: dict[str, Any] = {"batch": 2, "seqlen_q": 64, "heads_q": 4, "head_dim": 64, "gradients": ()}
+_PLAIN: dict[str, Any] = {"batch": 2, "seqlen_q": 256, "heads_q": 4, "head_dim": 64, "gradients": ()}
 _TRAINING = ("q", "k", "v")
 
 
@@ -123,7 +123,7 @@ def feature_problems() -> dict[str, AttentionProblem]:
         "forward": {},
         "backward": {"gradients": _TRAINING},
         "causal": {"causal": True},
-        "causal, seqlen_q != seqlen_kv": {"causal": True, "seqlen_kv": 128},
+        "causal, seqlen_q != seqlen_kv": {"causal": True, "seqlen_kv": 512},
         "window": {"window": (16, 0)},
         "bias": {"bias_shape": shape},
         "bias gradient": {"bias_shape": shape, "gradients": (*_TRAINING, "bias")},
@@ -156,7 +156,8 @@ def feature_problems() -> dict[str, AttentionProblem]:
 
 
 def _ask(problem: AttentionProblem, device: DeviceSpec) -> SupportCell:
-    answers = {name: planner.rejects(problem, device) for name, planner in dispatch.BACKENDS.items()}
+    in_order = ((name, dispatch.BACKENDS[name]) for name in dispatch.fastest_first(problem))
+    answers = {name: planner.rejects(problem, device) for name, planner in in_order}
     accepts = tuple(name for name, reasons in answers.items() if not reasons)
     plan = dispatch.BACKENDS[accepts[0]].plan(problem, device) if accepts else None
     return SupportCell(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -111,12 +111,100 @@ def test_an_address_that_is_no_multiple_of_16_is_copied(attend: Attend) -> None:
     assert moved.data_ptr() % 16 and torch.equal(attend(moved, k, v), first)
 
 
-def test_gradients(attend: Attend) -> None:
+def shortest_backwards() -> list[Any]:
+    return [
+        known.backward_again
+        for known in repeats._known.values()
+        if known.backward_again is not None and known.prepared.plan.backend != "naive"
+    ]
+
+
+def assert_gradients(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        scale = other.float().abs().max()
+        torch.testing.assert_close(one.float() / scale, other.float() / scale, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window": (100, 3), "softcap": 20.0},
+        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+        {"sinks": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_gradients_of_other_tensors(options: dict[str, Any], head_dim: int, attend: Attend) -> None:
+    given = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in options.items()}
+    if head_dim > 128:
+        given.pop("softcap", None)  # which Hopper's backward has no kernel for
+    for seed in range(NUM_CALLS):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        leaves = [
+            torch.randn(2, 300, heads, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+            for heads in (4, 2, 2)
+        ]
+        if "sinks" in given:
+            given["sinks"] = given["sinks"].detach() + seed
+            leaves.append(given["sinks"])
+        for leaf in leaves:
+            leaf.requires_grad_()
+        out = attend(*leaves[:3], **given)
+        d_out = torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
+        expected = torch.autograd.grad(flashtile.attention(*leaves[:3], backend="naive", **given), leaves, d_out)
+        assert_gradients(torch.autograd.grad(out, leaves, d_out), expected)
+    assert len(shortest_backwards()) == 1
+
+
+def test_gradients_that_come_in_another_form(attend: Attend) -> None:
+    """Broadcast, transposed, of the lse too, none of the output: what was remembered holds for none of them."""
     leaves = [tensor.clone().requires_grad_() for tensor in qkv()]
-    found = [torch.autograd.grad(attend(*leaves, causal=True).square().sum(), leaves) for _ in range(NUM_CALLS)]
-    for each in found[1:]:
-        for one, other in zip(each, found[0], strict=True):
-            torch.testing.assert_close(one.float(), other.float(), atol=0.02, rtol=0.02)  # d_q is added up in any order
+    with_lse = partial(flashtile.attention_with_lse, *leaves, **cast(Any, attend).keywords)
+    expected_of = partial(flashtile.attention_with_lse, *leaves, backend="naive")
+    plain = torch.randn(2, 300, 4, 64, device="cuda").bfloat16()
+    moved = plain.transpose(1, 2).contiguous().transpose(1, 2)
+    d_lse = torch.randn(2, 4, 300, device="cuda")
+    for d_out, d_lse_given in (
+        *((plain, None),) * NUM_CALLS,
+        (plain[:1, :1, :1, :1].expand(plain.shape), None),
+        (moved, None),
+        (plain, d_lse),
+        (None, d_lse),
+        (plain, None),
+    ):
+        results, expected = with_lse(), expected_of()
+        upstream = [d_out, d_lse_given]
+        chosen = [index for index in (0, 1) if upstream[index] is not None]
+        found = torch.autograd.grad([results[i] for i in chosen], leaves, [upstream[i] for i in chosen])
+        wanted = torch.autograd.grad([expected[i] for i in chosen], leaves, [upstream[i] for i in chosen])
+        assert_gradients(found, wanted)
+
+
+def test_gradients_in_a_graph(attend: Attend) -> None:
+    leaves = [tensor.clone().requires_grad_() for tensor in qkv()]
+    d_out = torch.randn(2, 300, 4, 64, device="cuda").bfloat16()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*leaves, causal=True), leaves, d_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(NUM_CALLS):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf, new in zip(leaves, qkv(seed=1), strict=True):
+            leaf.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_gradients(captured, step())
 
 
 def test_streams_and_graphs(attend: Attend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -296,10 +297,10 @@ def parts(**changes: Any) -> int:
         ({"seqlen_kv": 16384, "has_sinks": True, "heads_q": 8}, 16),
         ({"seqlen_kv": 16384, "has_sinks": True}, 4),  # 32 shares, of whose heads none are rows of a tile
         ({"seqlen_kv": 2**20, "heads_q": 1, "heads_kv": 1}, 131),  # 8,192 tiles, 63 in each part
-        ({"seqlen_kv": 16384, "seqlen_q": 128, "heads_q": 8}, 8),  # of 16 keys for each query
+        ({"seqlen_kv": 16384, "seqlen_q": 128, "heads_q": 8}, 16),  # of 8 keys for each query
         ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8}, 16),
-        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (900, 100)}, 1),
-        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (9000, 100)}, 8),
+        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (900, 100)}, 2),
+        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (9000, 100)}, 15),
     ],
     ids=str,
 )
@@ -311,10 +312,10 @@ def test_how_many_parts_keys_are_cut_into(changes: dict[str, Any], expected: int
     "changes",
     [
         {"seqlen_kv": 512},
-        {"seqlen_kv": 2047},
+        {"seqlen_kv": 1023},
         {"seqlen_kv": 16384, "heads_q": 67, "heads_kv": 67},
         {"seqlen_kv": 16384, "seqlen_q": 1100, "heads_q": 8},
-        {"seqlen_kv": 4096, "seqlen_q": 128, "heads_q": 8},
+        {"seqlen_kv": 2047, "seqlen_q": 128, "heads_q": 8},
     ],
     ids=str,
 )
@@ -351,7 +352,7 @@ def test_no_part_is_short_and_shares_of_a_sequence_fit_on_the_gpu(heads: int, se
     tiles_of_a_part = -(-num_tiles // tiles.num_splits)
     if tiles.num_splits > 1:
         assert plan.num_shares(problem, tiles) <= H200.num_sms
-        assert tiles_of_a_part * tiles.block_kv >= max(512, 16 * min(seqlen_q, tiles.block_q))
+        assert tiles_of_a_part * tiles.block_kv >= max(512, 8 * min(seqlen_q, tiles.block_q))
         assert (tiles.num_splits - 1) * tiles_of_a_part < num_tiles
 
 
@@ -369,12 +370,54 @@ def test_the_plan_says_that_keys_are_split_and_what_puts_them_together() -> None
     forward = explanation.plan.forward
     assert forward.grid == (132,) and "keys in 16 parts" in forward.reason
     (combine,) = forward.companions
-    assert (combine.kernel, combine.grid) == ("combine", (2, 8, 4))
+    assert (combine.kernel, combine.grid) == ("combine", (2, 8, 2))
     assert forward.shared_memory_bytes < plan.plan(posed(), H200).forward.shared_memory_bytes  # no tile of the output
-    assert "forward: kernel hopper/combine, tiles 1 x 32, grid 2 x 8 x 4" in str(explanation)
+    assert "forward: kernel hopper/combine, tiles 2 x 16, grid 2 x 8 x 2" in str(explanation)
     held = {term.what: term.num_bytes for term in explanation.costs[0].tiled.extra}
     assert held["out, lse of parts"] == 16 * 2 * 32 * 129 * 4
     assert not plan.plan(posed(), H200).forward.companions
+
+
+@pytest.mark.parametrize(("seqlen_q", "num_parts"), [(1, 2), (1, 5), (3, 16), (128, 2), (1, 40)])
+def test_a_program_combines_as_many_rows_as_fill_its_tile(
+    seqlen_q: int, num_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "num_splits", lambda *_: num_parts)
+    problem = posed(seqlen_q=seqlen_q)
+    (combine,) = plan.plan(problem, H200).forward.companions
+    rows, parts_at_a_time = combine.tiles.block_q, combine.tiles.block_kv
+    assert rows * parts_at_a_time == (32 if seqlen_q > 1 else parts_at_a_time)
+    assert parts_at_a_time >= min(num_parts, 32) and parts_at_a_time < 2 * num_parts
+    assert combine.grid[-1] == -(-seqlen_q // rows)
+
+
+# --- short calls ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({"seqlen_q": 128, "seqlen_kv": 128, "causal": True}, "triton"),
+        ({"seqlen_q": 129, "seqlen_kv": 129, "causal": True}, "hopper"),
+        ({"seqlen_q": 64, "seqlen_kv": 128}, "triton"),
+        ({"seqlen_q": 65, "seqlen_kv": 128}, "hopper"),
+        ({"seqlen_q": 1, "seqlen_kv": 129}, "hopper"),
+        ({"seqlen_q": 128, "seqlen_kv": 128, "head_dim": 64, "head_dim_v": 64}, "triton"),
+        ({"seqlen_q": 64, "seqlen_kv": 64, "head_dim": 256, "head_dim_v": 256}, "hopper"),
+        ({"seqlen_q": 64, "seqlen_kv": 64, "softcap": 5.0, "gradients": ()}, "hopper"),
+        ({"seqlen_q": 64, "seqlen_kv": 64, "has_sinks": True}, "hopper"),
+    ],
+    ids=str,
+)
+def test_short_calls_are_tritons(changes: dict[str, Any], chosen: str) -> None:
+    problem = posed(**changes)
+    made = [dispatch.choose(replace(problem, batch=batch), H200) for batch in (1, 100)]
+    assert [each.backend for each in made] == [chosen, chosen]
+    assert dispatch.choose(problem, H200, "hopper").backend == "hopper"
+    assert dict(made[0].rejected).keys() == {"cpu"}
+    verdicts = dispatch.fastest_first(problem)
+    assert (verdicts.index("triton") < verdicts.index("hopper")) == (chosen == "triton")
+    assert sorted(verdicts) == sorted(dispatch.BACKENDS)
 
 
 # --- the backward -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from flashtile.backends.base import Gradients, Saved
 from flashtile.backends.gpu import COMPILER_OPTIONS
-from flashtile.backends.launcher import MOST_FORMS, KernelLauncher, operands_of, shortest
+from flashtile.backends.launcher import (
+    MOST_FORMS,
+    KernelLauncher,
+    given_to_backward,
+    operands_of,
+    relaunches,
+    shortest,
+    shortest_backward,
+)
 from flashtile.backends.relaunch import Relaunch
 from flashtile.spec.operands import FIELDS, Operands, tensors_of
 
@@ -179,3 +188,79 @@ def test_what_is_not_alike_goes_another_way(change: str, ready: Ready, monkeypat
 def test_without_a_launch_there_is_no_shortest_way() -> None:
     q, k, v = qkv()
     assert shortest(None, Operands(q=q, k=k, v=v), tuple, lambda _: (q, k)) is None
+
+
+# --- that of a backward -----------------------------------------------------------------------------------------------
+
+
+def backward_call(**changes: Any) -> tuple[Operands, Saved, Tensor | None, Tensor | None]:
+    """(operands, saved, d_out, d_lse), of which some are others."""
+    q, k, v = (torch.zeros(2, 4, 8, dtype=torch.bfloat16) for _ in range(3))
+    others = {"sinks": torch.zeros(4), "out": torch.zeros(2, 4, 8), "lse": torch.zeros(2, 4)}
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "d_out": torch.zeros(2, 4, 8), "d_lse": None, **others, **changes}
+    operands = Operands(**{name: given[name] for name in ("q", "k", "v", "sinks")})
+    return operands, Saved(out=given["out"], lse=given["lse"]), given["d_out"], given["d_lse"]
+
+
+@pytest.mark.usefixtures("ready")
+def test_the_shortest_backward_launches_with_what_it_is_given() -> None:
+    first, second = backward_call(), backward_call()
+    found, seen = Gradients(), []
+
+    def again(given: Any) -> Gradients:
+        seen.append(given)
+        return found
+
+    run = shortest_backward(given_to_backward(*first), again, lambda *_: pytest.fail("not this way"))
+    assert run(*second) is found
+    assert [id(each) for each in seen[0]] == [id(each) for each in given_to_backward(*second)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_out": torch.zeros(()).expand(2, 4, 8)},
+        {"d_out": None},
+        {"d_lse": torch.zeros(2, 4)},
+        {"k": torch.zeros(65, dtype=torch.bfloat16)[1:].view(2, 4, 8)},
+        {"out": torch.zeros(2, 8, 4).mT},
+        {"sinks": torch.zeros(5)[1:]},
+    ],
+    ids=["strides", "no d_out", "a d_lse", "address", "strides of what was saved", "address of an option"],
+)
+@pytest.mark.usefixtures("ready")
+def test_another_backward_goes_another_way(changes: dict[str, Any]) -> None:
+    taken: list[Any] = []
+    run = shortest_backward(
+        given_to_backward(*backward_call()),
+        lambda _: pytest.fail("not this way"),
+        lambda *call: taken.append(call) or Gradients(),
+    )
+    changed = backward_call(**changes)
+    run(*changed)
+    assert taken == [changed]
+
+
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize("change", ["hooks", "device"])
+def test_a_backward_somebody_looks_at_goes_another_way(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    call = backward_call()
+    run = shortest_backward(
+        given_to_backward(*call), lambda _: pytest.fail("not this way"), lambda *call: taken.append(call) or Gradients()
+    )
+    if change == "device":
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    else:
+        monkeypatch.setattr(Relaunch, "is_watched", staticmethod(lambda: True))
+    run(*call)
+    assert taken == [call]
+
+
+def test_all_launches_have_to_be_known(ready: Ready) -> None:
+    one = cast(Any, ready)
+    assert relaunches([one]) is one and relaunches([one, None]) is None
+    both = relaunches([one, one])
+    assert both is not None
+    both(("tensors",))
+    assert ready.launched == [("tensors",)] * 2

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtile.backends.base import Gradients, Saved
 from flashtile.backends.gpu import COMPILER_OPTIONS, garbage_kept
 from flashtile.backends.relaunch import Relaunch, Relaunches
 from flashtile.spec.operands import FIELDS, Operands, tensors_of
@@ -104,6 +105,49 @@ def tensor_maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     """Makes tensors that are contiguous and not filled; ``torch.empty`` would look for their strides each time."""
     strides = torch.empty(shape, device="meta").stride()
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+
+
+def nothing() -> None:
+    """Makes no tensor."""
+
+
+def relaunches(launches: list[Relaunch | None]) -> Relaunch | Relaunches | None:
+    """What launches them one after the other, if each is known."""
+    known = [launch for launch in launches if launch is not None]
+    if len(known) < len(launches):
+        return None
+    return known[0] if len(known) == 1 else Relaunches(*known)
+
+
+def given_to_backward(operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Tensors:
+    """What a backward gets from outside, as ``operands_of`` takes it apart."""
+    return (*tensors_of(operands), saved.out, d_out, saved.lse, d_lse)
+
+
+def shortest_backward(
+    given: Tensors, again: Callable[[Tensors], Gradients], otherwise: Callable[..., Gradients]
+) -> Callable[[Operands, Saved, Tensor | None, Tensor | None], Gradients]:
+    """(operands, saved, d_out, d_lse) -> gradients, for dense tensors of the sizes of ``given``.
+
+    Args:
+        given: to a call that came before.
+        again: the gradients from others of these strides that begin at such multiples of bytes.
+        otherwise: for tensors of other strides, and while someone wants to be told of launches.
+    """
+    device, forms = operands_of(given)[0].q.device.index, _strides_and_alignments(given)
+
+    def run(operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients:
+        given = given_to_backward(operands, saved, d_out, d_lse)
+        is_like = _strides_and_alignments(given) == forms and device == torch.cuda.current_device()
+        if is_like and not Relaunch.is_watched():
+            return again(given)
+        return otherwise(operands, saved, d_out, d_lse)
+
+    return run
+
+
+def _strides_and_alignments(tensors: Tensors) -> list[tuple[tuple[int, ...], int] | None]:
+    return [None if tensor is None else (tensor.stride(), tensor.data_ptr() % ALIGNMENT_BYTES) for tensor in tensors]
 
 
 def shortest(

@@ -277,9 +277,9 @@ def _explain(problem: AttentionProblem, operands: Operands | None, device: Devic
             BackendVerdict(
                 backend=name,
                 is_chosen=plan is not None and plan.backend == name,
-                reasons=planner.rejects(problem, device),
+                reasons=dispatch.BACKENDS[name].rejects(problem, device),
             )
-            for name, planner in dispatch.BACKENDS.items()
+            for name in dispatch.fastest_first(problem)
         ),
         costs=costs,
         copies=_copies(problem, plan, operands),

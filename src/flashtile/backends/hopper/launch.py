@@ -38,9 +38,13 @@ from flashtile.backends.hopper.statistics import attention_row_statistics, atten
 from flashtile.backends.launcher import (
     MOST_FORMS,
     KernelLauncher,
+    given_to_backward,
+    nothing,
     operands_of,
+    relaunches,
     result_maker,
     shortest,
+    shortest_backward,
     tensor_maker,
 )
 from flashtile.backends.relaunch import Relaunch, Relaunches
@@ -100,11 +104,10 @@ def _forward(
     operands = replace(operands, **dict(zip("qkv", ready, strict=True)))
     tensors = (*tensors_of(operands), rows, lse.view(computed.lse_shape), *others)
     with device_of(operands.q):
-        launch: Relaunch | Relaunches | None = _launch_forward(computed, tensors, plan)
+        launches = [_launch_forward(computed, tensors, plan)]
         if plan.forward.companions:
-            second = _launch_combine(computed, tensors, plan)
-            launch = None if launch is None or second is None else Relaunches(launch, second)
-    return (out, lse), None if is_copied else launch
+            launches.append(_launch_combine(computed, tensors, plan))
+    return (out, lse), None if is_copied else relaunches(launches)
 
 
 def _launch_forward(computed: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
@@ -173,6 +176,7 @@ def _launch_combine(computed: AttentionProblem, tensors: tuple[Any, ...], plan: 
             operands.sinks,
             arguments.matrix(out),
             lse,
+            computed.seqlen_q,
         )
 
     (combine,) = plan.forward.companions
@@ -184,6 +188,8 @@ def _launch_combine(computed: AttentionProblem, tensors: tuple[Any, ...], plan: 
         num_warps=4,
         HEAD_DIM_V=computed.head_dim_v,
         BLOCK_DV=widths(computed)[1],
+        ROWS=combine.tiles.block_q,
+        PARTS=combine.tiles.block_kv,
     )
 
 
@@ -247,15 +253,99 @@ def _unread_counter(device: torch.device) -> Tensor:
 def backward(
     problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
 ) -> Gradients:
-    tiles = plan.backward.tiles
-    assert isinstance(tiles, BackwardTiles), "the planner of this backend makes these"
-    wanted = problem.gradients
+    return _backward(problem, operands, saved, d_out, d_lse, plan)[0]
+
+
+def backward_again(
+    problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
+) -> tuple[Gradients, Callable[..., Gradients] | None]:
+    """``backward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
+    found, launch, tensors = _backward(problem, operands, saved, d_out, d_lse, plan)
+    given = given_to_backward(operands, saved, d_out, d_lse)
+    if launch is None or problem.layout == "varlen" or any(map(operator.is_not, given, tensors)):
+        return found, None
+    make = _made_by_backward(problem, plan, operands.q.device)
+
+    def again(given: tuple[Any, ...]) -> Gradients:
+        made = make()
+        launch((*given, *made))
+        return _gradients(problem, given, made)
+
+    def otherwise(operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients:
+        return backward(problem, operands, saved, d_out, d_lse, plan)
+
+    return found, shortest_backward(given, again, otherwise)
+
+
+def _backward(
+    problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
+) -> tuple[Gradients, Relaunch | Relaunches | None, tuple[Any, ...]]:
+    """The gradients, what launches the same with other tensors, and the tensors that were launched with."""
     d_out = saved.out.new_zeros(saved.out.shape) if d_out is None else d_out
     q, k, v, d_out = (tma_ready(tensor) for tensor in (operands.q, operands.k, operands.v, d_out))
+    operands = replace(operands, q=q, k=k, v=v)
+    saved = Saved(out=saved.out, lse=saved.lse.contiguous())
+    given = given_to_backward(operands, saved, d_out, None if d_lse is None else d_lse.contiguous())
+    with device_of(q):
+        made = _made_by_backward(problem, plan, q.device)()
+        if problem.layout == "varlen":
+            lse_log2, delta, _sums, _counter, *gradients = made
+            for gradient in gradients:  # rows of no sequence
+                gradient.zero_()
+            if problem.has_sinks:  # what lies between the sequences counts nothing in their sums
+                lse_log2.fill_(math.inf)
+                delta.zero_()
+        tensors = (*given, *made)
+        kernels = (_launch_row_statistics, _launch_gradients, _launch_scale_d_q)
+        launches = [launch(problem, tensors, plan) for launch in kernels]
+        found = _gradients(problem, given, made)
+    return found, relaunches(launches), tensors
+
+
+def _gradients(problem: AttentionProblem, given: tuple[Any, ...], made: tuple[Any, ...]) -> Gradients:
+    """Those that are wanted, after the kernels."""
+    lse_log2, delta, _sums, _counter, d_q, d_k, d_v = made
+    found = {"q": d_q, "k": d_k, "v": d_v}
+    sinks = operands_of(given)[0].sinks if "sinks" in problem.gradients else None
+    if sinks is not None:
+        found["sinks"] = _sink_gradient(sinks, lse_log2, delta)
+    return Gradients(**{name: gradient for name, gradient in found.items() if name in problem.gradients})
+
+
+@lru_cache(maxsize=MOST_FORMS)
+def _made_by_backward(problem: AttentionProblem, plan: Plan, device: torch.device) -> Callable[[], tuple[Any, ...]]:
+    """Makes lse_log2, delta, the sums of d_q, the counter of shares or None, d_q, d_k and d_v.
+
+    The two numbers of each row are [batch, heads, rows] or packed [heads, rows], in whole blocks of
+    ``STATISTICS_ROWS``, and the sums [batch * heads or heads, blocks of ``SUM_ROWS``, SUM_ROWS * BLOCK_D].
+    """
+    if problem.layout == "varlen":
+        length = (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
+        num_sum_blocks = problem.tokens_q // SUM_ROWS + problem.batch
+        rows: tuple[int, ...] = (problem.heads_q, length)
+        tokens_q, tokens_kv = (problem.tokens_q,), (problem.tokens_kv,)
+    else:
+        length = -(-problem.seqlen_q // STATISTICS_ROWS) * STATISTICS_ROWS
+        num_sum_blocks = -(-problem.seqlen_q // ROWS) * (ROWS // SUM_ROWS)
+        rows = (problem.batch, problem.heads_q, length)
+        tokens_q, tokens_kv = (problem.batch, problem.seqlen_q), (problem.batch, problem.seqlen_kv)
+    sums = (math.prod(rows[:-1]), num_sum_blocks, SUM_ROWS * widths(problem)[0])
+    make_rows, make_sums = (tensor_maker(shape, torch.float32, device) for shape in (rows, sums))
+    make_counter = tensor_maker((1,), torch.int32, device) if takes_further_shares(plan.backward.kernel) else nothing
+    make_d_q = tensor_maker((*tokens_q, problem.heads_q, problem.head_dim), problem.dtype, device)
+    make_d_k = tensor_maker((*tokens_kv, problem.heads_kv, problem.head_dim), problem.dtype, device)
+    make_d_v = tensor_maker((*tokens_kv, problem.heads_kv, problem.head_dim_v), problem.dtype, device)
+    makers = (make_rows, make_rows, make_sums, make_counter, make_d_q, make_d_k, make_d_v)
+    return lambda: tuple(make() for make in makers)
+
+
+def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
+    """Fills d_k and d_v, and adds d_q up."""
+    tiles = plan.backward.tiles
+    assert isinstance(tiles, BackwardTiles), "the planner of this backend makes these"
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
-        operands, others = operands_of(tensors)
-        d_out, lse_log2, delta, d_q_sums, counter, d_k, d_v = others
+        operands, (_out, d_out, _lse, _d_lse, lse_log2, delta, d_q_sums, counter, _d_q, d_k, d_v) = operands_of(tensors)
         width, width_v = widths(problem)
         num_kv_tiles = -(-problem.seqlen_kv // tiles.block_kv)
         return (
@@ -280,75 +370,27 @@ def backward(
             problem.seqlen_kv,
         )
 
-    with device_of(q):
-        counter = (
-            torch.empty(1, dtype=torch.int32, device=q.device) if takes_further_shares(plan.backward.kernel) else None
-        )
-        lse_log2, delta, d_q_sums = _row_statistics(problem, operands, saved, d_out, d_lse, counter)
-        make = torch.zeros_like if problem.layout == "varlen" else torch.empty_like  # rows of no sequence
-        d_k, d_v = (make(tensor, memory_format=torch.contiguous_format) for tensor in (operands.k, operands.v))
-        kernel, constants = _BACKWARD[plan.backward.kernel]
-        if plan.backward.kernel == "backward_narrow":
-            constants = {"TWO_LOOPS": tiles.has_two_loops, **constants}
-        kernel(
-            (problem, tiles),
-            plan.backward.grid,
-            (*tensors_of(replace(operands, q=q, k=k, v=v)), d_out, lse_log2, delta, d_q_sums, counter, d_k, d_v),
-            kernel_arguments,
-            num_warps=4,
-            HEAD_DIM=problem.head_dim,
-            HEAD_DIM_V=problem.head_dim_v,
-            NUM_STAGES=tiles.num_stages,
-            **constants,
-        )
-        d_q = _scaled(d_q_sums, problem, operands)
-        d_sinks = None if operands.sinks is None else _sink_gradient(operands.sinks, lse_log2, delta)
-    found = {"q": d_q, "k": d_k, "v": d_v, "sinks": d_sinks}
-    return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
+    kernel, constants = _BACKWARD[plan.backward.kernel]
+    if plan.backward.kernel == "backward_narrow":
+        constants = {"TWO_LOOPS": tiles.has_two_loops, **constants}
+    return kernel(
+        (problem, tiles),
+        plan.backward.grid,
+        tensors,
+        kernel_arguments,
+        num_warps=4,
+        HEAD_DIM=problem.head_dim,
+        HEAD_DIM_V=problem.head_dim_v,
+        NUM_STAGES=tiles.num_stages,
+        **constants,
+    )
 
 
-def _row_statistics(
-    problem: AttentionProblem,
-    operands: Operands,
-    saved: Saved,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    counter: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse_log2, delta, sums of d_q that are 0); sets the counter of shares to 0 if there is one.
+def _launch_row_statistics(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
+    """Fills lse_log2 and delta, and sets the sums of d_q to 0, and the counter of shares if there is one."""
 
-    The numbers are [batch, heads, rows] or packed [heads, rows], in whole blocks of ``STATISTICS_ROWS``, and the sums
-    [batch * heads or heads, blocks of ``SUM_ROWS``, SUM_ROWS * BLOCK_D].
-    """
-    if problem.layout == "varlen":
-        length = (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
-        num_sum_blocks = problem.tokens_q // SUM_ROWS + problem.batch
-        shape: tuple[int, ...] = (problem.heads_q, length)
-    else:
-        length = -(-problem.seqlen_q // STATISTICS_ROWS) * STATISTICS_ROWS
-        num_sum_blocks = -(-problem.seqlen_q // ROWS) * (ROWS // SUM_ROWS)
-        shape = (problem.batch, problem.heads_q, length)
-    width, width_v = widths(problem)
-    lse_log2, delta = (torch.empty(shape, dtype=torch.float32, device=d_out.device) for _ in range(2))
-    if problem.layout == "varlen" and problem.has_sinks:  # what lies between the sequences counts nothing in their sums
-        lse_log2.fill_(math.inf)
-        delta.zero_()
-    lines = math.prod(shape[:-1])
-    d_q_sums = torch.empty((lines, num_sum_blocks, SUM_ROWS * width), dtype=torch.float32, device=d_out.device)
-    block_rows = max(SUM_ROWS, min(STATISTICS_ROWS, 4096 // width_v))
-    num_blocks = -(-problem.seqlen_q // STATISTICS_ROWS) * (STATISTICS_ROWS // block_rows)
-
-    def kernel_arguments(
-        out: Tensor,
-        d_out: Tensor,
-        lse: Tensor,
-        d_lse: Tensor | None,
-        lse_log2: Tensor,
-        delta: Tensor,
-        d_q_sums: Tensor,
-        counter: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-    ) -> tuple[Any, ...]:
+    def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
+        operands, (out, d_out, lse, d_lse, lse_log2, delta, d_q_sums, counter, *_) = operands_of(tensors)
         return (
             arguments.matrix(out),
             arguments.matrix(d_out),
@@ -357,20 +399,22 @@ def _row_statistics(
             lse.shape[-1],
             lse_log2,
             delta,
-            length,
+            delta.shape[-1],
             d_q_sums,
-            num_sum_blocks,
+            d_q_sums.shape[1],
             counter,
-            cu_seqlens_q,
+            operands.cu_seqlens_q,
             problem.heads_q,
             problem.seqlen_q,
         )
 
-    lse, d_lse = saved.lse.contiguous(), None if d_lse is None else d_lse.contiguous()
-    _ROW_STATISTICS(
+    width, width_v = widths(problem)
+    block_rows = max(SUM_ROWS, min(STATISTICS_ROWS, 4096 // width_v))
+    num_blocks = -(-problem.seqlen_q // STATISTICS_ROWS) * (STATISTICS_ROWS // block_rows)
+    return _ROW_STATISTICS(
         problem,
         (num_blocks * problem.heads_q * problem.batch,),
-        (saved.out, d_out, lse, d_lse, lse_log2, delta, d_q_sums, counter, operands.cu_seqlens_q),
+        tensors,
         kernel_arguments,
         num_warps=4,
         HEAD_DIM_V=problem.head_dim_v,
@@ -378,38 +422,35 @@ def _row_statistics(
         BLOCK_DV=width_v,
         BLOCK_ROWS=block_rows,
     )
-    return lse_log2, delta, d_q_sums
 
 
-def _scaled(d_q_sums: Tensor, problem: AttentionProblem, operands: Operands) -> Tensor:
-    """d_q from its sums: scaled, and rounded once."""
-    make = torch.zeros if problem.layout == "varlen" else torch.empty  # rows of no sequence
-    d_q = make(operands.q.shape, dtype=problem.dtype, device=d_q_sums.device)
-    width = widths(problem)[0]
-    block_rows = max(SUM_ROWS, 4096 // width)
+def _launch_scale_d_q(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
+    """Fills d_q from its sums: scaled, and rounded once."""
 
-    def kernel_arguments(d_q_sums: Tensor, d_q: Tensor, cu_seqlens_q: Tensor | None) -> tuple[Any, ...]:
+    def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
+        operands, (*_, d_q_sums, _counter, d_q, _d_k, _d_v) = operands_of(tensors)
         return (
             d_q_sums,
             d_q_sums.shape[1],
             arguments.matrix(d_q),
             problem.scale,
-            cu_seqlens_q,
+            operands.cu_seqlens_q,
             problem.heads_q,
             problem.seqlen_q,
         )
 
-    _SCALE_D_Q(
+    width = widths(problem)[0]
+    block_rows = max(SUM_ROWS, 4096 // width)
+    return _SCALE_D_Q(
         problem,
         (-(-problem.seqlen_q // block_rows) * problem.heads_q * problem.batch,),
-        (d_q_sums, d_q, operands.cu_seqlens_q),
+        tensors,
         kernel_arguments,
         num_warps=4,
         HEAD_DIM=problem.head_dim,
         BLOCK_D=width,
         BLOCK_ROWS=block_rows,
     )
-    return d_q
 
 
 def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ LARGEST_HEAD_DIM = 256
 LONGEST = 2**30
 """Positions, and sums of two of them, are 32-bit integers in the kernels."""
 FEWEST_KEYS = 512
-FEWEST_KEYS_PER_QUERY = 16
-"""Of a part of the keys of so many queries: at most an eighth of the bytes of K and V is then written and read as
+FEWEST_KEYS_PER_QUERY = 8
+"""Of a part of the keys of so many queries: at most a quarter of the bytes of K and V is then written and read as
 float32 results of parts."""
-FEWEST_PARTS = 4
-"""That many such parts keys must have to be split: fewer keys are soon read by one program."""
+SHORT = 128
+"""Queries and keys up to which Triton's kernels may be the faster ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +119,19 @@ def rejects(problem: AttentionProblem, device: DeviceSpec) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def is_slower_than_triton(problem: AttentionProblem) -> bool:
+    """Whether Triton's kernels take a short call's time on a GPU down; see docs/kernels/hopper_forward.md.
+
+    The batch does not matter, for a sequence's result not to depend on how many there are beside it.
+    """
+    width, is_causal = max(widths(problem)), problem.mask.right is not None
+    has_options = problem.has_alibi or problem.has_sinks or problem.softcap > 0 or problem.mask.left is not None
+    if problem.layout == "varlen" or has_options or width > 128 or problem.is_empty:  # not measured
+        return False
+    few_rows = is_causal or width <= 64 or problem.seqlen_q <= ROWS
+    return few_rows and max(problem.seqlen_q, problem.seqlen_kv) <= SHORT
+
+
 def _rejects_device(device: DeviceSpec) -> tuple[str, ...]:
     if device.kind != "cuda" or device.compute_capability != CAPABILITY:
         return (f"runs on Hopper GPUs (compute capability 9.0), these tensors are on {device.name}",)
@@ -177,12 +190,15 @@ def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
 
 
 def _combine(computed: AttentionProblem, tiles: ForwardTiles) -> KernelPlan:
+    """A program reads ``PARTS`` parts at a time, of several rows if they have fewer."""
+    parts = min(PARTS, 1 << (tiles.num_splits - 1).bit_length())
+    rows = PARTS // parts if computed.seqlen_q > 1 else 1
     return KernelPlan(
         kernel="combine",
-        tiles=TileConfig(block_q=1, block_kv=PARTS),
-        grid=(computed.batch, computed.heads_q, computed.seqlen_q),
+        tiles=TileConfig(block_q=rows, block_kv=parts),
+        grid=(computed.batch, computed.heads_q, -(-computed.seqlen_q // rows)),
         shared_memory_bytes=0,
-        reason=f"{tiles.num_splits} parts of each row, {PARTS} at a time",
+        reason=f"{tiles.num_splits} parts of each row, {rows} x {parts} at a time",
     )
 
 
@@ -242,7 +258,7 @@ def num_splits(computed: AttentionProblem, tiles: ForwardTiles, device: DeviceSp
     if left is not None and right is not None:
         num_keys = min(num_keys, left + num_queries + right)
     fewest_keys = max(FEWEST_KEYS, FEWEST_KEYS_PER_QUERY * num_queries)
-    if num_keys < FEWEST_PARTS * fewest_keys:
+    if num_keys < 2 * fewest_keys:
         return 1
     most = min(device.num_sms * computed.batch // num_shares(computed, tiles), num_keys // fewest_keys)
     num_tiles = -(-num_keys // tiles.block_kv)

@@ -108,15 +108,20 @@ def pair_matrix(tensor: Tensor, problem: AttentionProblem) -> PairMatrix:
     return PairMatrix(view, *strides, num_cols=problem.seqlen_kv)
 
 
-def statistics(problem: AttentionProblem, fill: float, device: torch.device) -> Statistics:
-    """Memory for one number per query row, in whole blocks of rows; packed, what lies between is ``fill``."""
+def statistics_shape(problem: AttentionProblem) -> tuple[int, ...]:
+    """Of one number per query row and head, in whole blocks of rows: [batch, heads, rows], packed [heads, rows]."""
     if problem.layout == "varlen":
-        length = (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
-        numbers = torch.full((problem.heads_q, length), fill, dtype=torch.float32, device=device)
-        return Statistics(numbers, STATISTICS_ROWS, length)
-    length = -(-problem.seqlen_q // STATISTICS_ROWS) * STATISTICS_ROWS
-    numbers = torch.empty((problem.batch, problem.heads_q, length), dtype=torch.float32, device=device)
-    return Statistics(numbers, problem.heads_q * length, length)
+        return problem.heads_q, (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
+    return problem.batch, problem.heads_q, -(-problem.seqlen_q // STATISTICS_ROWS) * STATISTICS_ROWS
+
+
+def statistics(problem: AttentionProblem, numbers: Tensor | None) -> Statistics | None:
+    """Numbers of ``statistics_shape`` with their strides."""
+    if numbers is None:
+        return None
+    length = numbers.shape[-1]
+    is_packed = problem.layout == "varlen"
+    return Statistics(numbers, STATISTICS_ROWS if is_packed else problem.heads_q * length, length)
 
 
 def score_rules(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,8 +14,20 @@ from torch import Tensor
 
 from flashtile.backends.base import Gradients, KernelPlan, Plan, Saved
 from flashtile.backends.gpu import Heads, Sequences, device_of
-from flashtile.backends.launcher import KernelLauncher, Tensors, operands_of, result_maker, shortest
-from flashtile.backends.relaunch import Relaunch
+from flashtile.backends.launcher import (
+    MOST_FORMS,
+    KernelLauncher,
+    Tensors,
+    given_to_backward,
+    nothing,
+    operands_of,
+    relaunches,
+    result_maker,
+    shortest,
+    shortest_backward,
+    tensor_maker,
+)
+from flashtile.backends.relaunch import Relaunch, Relaunches
 from flashtile.backends.triton import arguments
 from flashtile.backends.triton.arguments import Matrix, Statistics
 from flashtile.backends.triton.backward import attention_backward_kv, attention_backward_q, attention_row_statistics
@@ -30,8 +43,6 @@ _ROW_STATISTICS = KernelLauncher(attention_row_statistics)
 _BACKWARD_KV = KernelLauncher(attention_backward_kv)
 _BACKWARD_Q = KernelLauncher(attention_backward_q)
 _BIAS_GRADIENT = KernelLauncher(attention_bias_gradient)
-
-_RowStatistics = tuple[Statistics, Statistics | None, Statistics]
 
 
 def forward(problem: AttentionProblem, operands: Operands, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -78,102 +89,155 @@ def _forward(
 def backward(
     problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
 ) -> Gradients:
-    wanted = problem.gradients
+    return _backward(problem, operands, saved, d_out, d_lse, plan)[0]
+
+
+def backward_again(
+    problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
+) -> tuple[Gradients, Callable[..., Gradients] | None]:
+    """``backward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
+    found, launch, tensors = _backward(problem, operands, saved, d_out, d_lse, plan)
+    given = given_to_backward(operands, saved, d_out, d_lse)
+    if launch is None or problem.layout == "varlen" or any(map(operator.is_not, given, tensors)):
+        return found, None
+    make = _made_by_backward(problem, operands.q.device)
+
+    def again(given: Tensors) -> Gradients:
+        made = make()
+        launch((*given, *made))
+        return _gradients(problem, given, made, None)
+
+    def otherwise(operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients:
+        return backward(problem, operands, saved, d_out, d_lse, plan)
+
+    return found, shortest_backward(given, again, otherwise)
+
+
+def _backward(
+    problem: AttentionProblem, operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None, plan: Plan
+) -> tuple[Gradients, Relaunch | Relaunches | None, Tensors]:
+    """The gradients, what launches the same with other tensors, and the tensors that were launched with."""
     operands = _side_by_side(operands)
     if d_out is None:
         d_out = saved.out.new_zeros(()).expand(saved.out.shape)
+    saved = Saved(out=saved.out, lse=saved.lse.contiguous())
+    given = given_to_backward(operands, saved, d_out, None if d_lse is None else d_lse.contiguous())
+    wanted, d_bias = problem.gradients, None
     kernels = {kernel.kernel: kernel for kernel in (plan.backward, *plan.backward.companions)}
     with device_of(operands.q):
-        statistics = _row_statistics(problem, operands, saved, d_out, d_lse, kernels["row_statistics"])
-        recomputed = (*tensors_of(operands), d_out, *(rows and rows.ptr for rows in statistics))
-
-        def kernel_arguments(may_be_natural: bool, *tensors: Any) -> tuple[Any, ...]:
-            operands, (*others,) = operands_of(tensors)
-            rules = arguments.score_rules(problem, operands, may_be_natural=may_be_natural)
-            targets = map(arguments.token_matrix, others[4:])
-            from_forward = _from_forward(operands, statistics, others)
-            return (*from_forward, *targets, problem.scale, rules, *_sizes(problem, operands))
-
-        dims = _dims(problem)
-        d_q = d_k = d_v = d_bias = d_sinks = None
+        made = _made_by_backward(problem, operands.q.device)()
+        tensors = (*given, *made)
+        launches = [_launch_row_statistics(problem, tensors, kernels["row_statistics"])]
         if wanted & {"k", "v"}:
-            d_k, d_v = _empty_gradient(problem, operands.k), _empty_gradient(problem, operands.v)
-            tensors, powers = (*recomputed, d_k, d_v), partial(kernel_arguments, False)
-            _launch(_BACKWARD_KV, kernels["backward_kv"], problem, tensors, powers, **dims)
+            launches.append(_launch_backward(_BACKWARD_KV, problem, tensors, kernels["backward_kv"], of_keys=True))
         if "q" in wanted:
-            d_q = _empty_gradient(problem, operands.q)
-            tensors, natural = (*recomputed, d_q), partial(kernel_arguments, True)
-            _launch(_BACKWARD_Q, kernels["backward_q"], problem, tensors, natural, **dims)
+            launches.append(_launch_backward(_BACKWARD_Q, problem, tensors, kernels["backward_q"], of_keys=False))
         if "bias" in wanted:
-            assert operands.bias is not None
-            d_bias = _bias_gradient(problem, operands.bias, kernels["bias_gradient"], recomputed, statistics, dims)
-        if "sinks" in wanted:
-            assert operands.sinks is not None
-            d_sinks = _sink_gradient(operands.sinks, *statistics)
-    found = {"q": d_q, "k": d_k, "v": d_v, "bias": d_bias, "sinks": d_sinks}
-    return Gradients(**{name: gradient for name, gradient in found.items() if name in wanted})
+            d_bias = _bias_gradient(problem, tensors, kernels["bias_gradient"])
+            launches.append(None)
+        found = _gradients(problem, given, made, d_bias)
+    return found, relaunches(launches), tensors
 
 
-def _from_forward(
-    operands: Operands, statistics: _RowStatistics, others: list[Any]
-) -> tuple[Matrix | Statistics | None, ...]:
-    """What every kernel computes the scores again from; ``others`` begin with d_out and the statistics' memory."""
-    rows = (of and of._replace(ptr=ptr) for of, ptr in zip(statistics, others[1:4], strict=True))
-    return (*_qkv(operands), arguments.token_matrix(others[0]), *rows)
+def _gradients(problem: AttentionProblem, given: Tensors, made: Tensors, d_bias: Tensor | None) -> Gradients:
+    """Those that are wanted, after the kernels."""
+    lse_log2, factor, delta, d_q, d_k, d_v = made
+    found = {"q": d_q, "k": d_k, "v": d_v, "bias": d_bias}
+    sinks = operands_of(given)[0].sinks if "sinks" in problem.gradients else None
+    if sinks is not None:
+        found["sinks"] = _sink_gradient(sinks, lse_log2, factor, delta)
+    return Gradients(**{name: gradient for name, gradient in found.items() if name in problem.gradients})
 
 
-def _row_statistics(
-    problem: AttentionProblem,
-    operands: Operands,
-    saved: Saved,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    kernel: KernelPlan,
-) -> _RowStatistics:
-    """lse_log2, the probabilities' factor (16-bit inputs have no use for it), and delta; see ``MIDDLE_LOG2``."""
-    lse_log2 = arguments.statistics(problem, math.inf, operands.q.device)
-    is_16bit = problem.dtype.itemsize == 2
-    factor = None if is_16bit else arguments.statistics(problem, 0.0, operands.q.device)
-    delta = arguments.statistics(problem, 0.0, operands.q.device)
-    statistics = (lse_log2, factor, delta)
+@lru_cache(maxsize=MOST_FORMS)
+def _made_by_backward(problem: AttentionProblem, device: torch.device) -> Callable[[], Tensors]:
+    """Makes lse_log2, the probabilities' factor (16-bit inputs have no use for it), delta, d_q, d_k and d_v.
+
+    See ``MIDDLE_LOG2``. Gradients that are not wanted are None. What no kernel visits is filled: rows of packed buffers
+    that belong to no sequence, and the numbers between sequences.
+    """
+    is_packed, wanted = problem.layout == "varlen", problem.gradients
+
+    def filled(shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> Callable[[], Tensor]:
+        if is_packed:
+            return partial(torch.full, shape, fill, dtype=dtype, device=device)
+        return tensor_maker(shape, dtype, device)
+
+    def gradient(is_wanted: bool, tokens: tuple[int, ...], *sizes: int) -> Callable[[], Tensor | None]:
+        return filled((*tokens, *sizes), problem.dtype, 0.0) if is_wanted else nothing
+
+    tokens_q = (problem.tokens_q,) if is_packed else (problem.batch, problem.seqlen_q)
+    tokens_kv = (problem.tokens_kv,) if is_packed else (problem.batch, problem.seqlen_kv)
+    has_keys = bool(wanted & {"k", "v"})
+    rows = arguments.statistics_shape(problem)
+    makers = (
+        filled(rows, torch.float32, math.inf),
+        nothing if problem.dtype.itemsize == 2 else filled(rows, torch.float32, 0.0),
+        filled(rows, torch.float32, 0.0),
+        gradient("q" in wanted, tokens_q, problem.heads_q, problem.head_dim),
+        gradient(has_keys, tokens_kv, problem.heads_kv, problem.head_dim),
+        gradient(has_keys, tokens_kv, problem.heads_kv, problem.head_dim_v),
+    )
+    return lambda: tuple(make() for make in makers)
+
+
+def _launch_row_statistics(problem: AttentionProblem, tensors: Tensors, kernel: KernelPlan) -> Relaunch | None:
+    """Fills lse_log2, the factor and delta."""
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
-        operands, (out, d_out, lse, d_lse, *memory) = operands_of(tensors)
+        operands, (out, d_out, lse, d_lse, *made) = operands_of(tensors)
         return (
             arguments.token_matrix(out),
             arguments.token_matrix(d_out),
             lse,
             d_lse,
             lse.shape[-1],
-            *(rows and rows._replace(ptr=ptr) for rows, ptr in zip(statistics, memory, strict=True)),
+            *(arguments.statistics(problem, rows) for rows in made[:3]),
             *_sizes(problem, operands),
         )
 
-    lse, d_lse = saved.lse.contiguous(), None if d_lse is None else d_lse.contiguous()
-    tensors = (*tensors_of(operands), saved.out, d_out, lse, d_lse, *(rows and rows.ptr for rows in statistics))
     dims = {"HEAD_DIM_V": problem.head_dim_v, "BLOCK_DV": widths(problem)[1]}
-    _launch(_ROW_STATISTICS, kernel, problem, tensors, kernel_arguments, **dims)
-    return statistics
+    return _launch(_ROW_STATISTICS, kernel, problem, tensors, kernel_arguments, **dims)
 
 
-def _bias_gradient(
-    problem: AttentionProblem,
-    bias: Tensor,
-    kernel: KernelPlan,
-    recomputed: tuple[Tensor | None, ...],
-    statistics: _RowStatistics,
-    dims: dict[str, Any],
-) -> Tensor:
+def _launch_backward(
+    launcher: KernelLauncher, problem: AttentionProblem, tensors: Tensors, kernel: KernelPlan, *, of_keys: bool
+) -> Relaunch | None:
+    """Fills d_k and d_v, or d_q."""
+
+    def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
+        operands, (*_, d_q, d_k, d_v) = operands_of(tensors)
+        return (
+            *_from_forward(problem, tensors),
+            *map(arguments.token_matrix, (d_k, d_v) if of_keys else (d_q,)),
+            problem.scale,
+            arguments.score_rules(problem, operands, may_be_natural=not of_keys),
+            *_sizes(problem, operands),
+        )
+
+    return _launch(launcher, kernel, problem, tensors, kernel_arguments, **_dims(problem))
+
+
+def _from_forward(problem: AttentionProblem, tensors: Tensors) -> tuple[Matrix | Statistics | None, ...]:
+    """What every kernel computes the scores again from."""
+    operands, (_out, d_out, _lse, _d_lse, *made) = operands_of(tensors)
+    rows = (arguments.statistics(problem, each) for each in made[:3])
+    return (*_qkv(operands), arguments.token_matrix(d_out), *rows)
+
+
+def _bias_gradient(problem: AttentionProblem, tensors: Tensors, kernel: KernelPlan) -> Tensor:
     """Adds up the shares of the sum that the programs left, in order."""
-    assert problem.bias_shape is not None
+    bias = operands_of(tensors)[0].bias
+    assert bias is not None and problem.bias_shape is not None
     num_shares = kernel.grid[-1]
     shares = bias.new_empty((num_shares, *problem.bias_shape), dtype=bias.dtype if num_shares == 1 else torch.float32)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
-        operands, (*others, target) = operands_of(tensors)
+        *others, target = tensors
+        operands, _ = operands_of(tensors)
         strides = (0 if size == 1 else stride for size, stride in zip(target.shape, target.stride(), strict=True))
         return (
-            *_from_forward(operands, statistics, others),
+            *_from_forward(problem, tuple(others)),
             Matrix(target, *strides),
             shares.stride(0),
             arguments.score_rules(problem, operands),
@@ -187,17 +251,16 @@ def _bias_gradient(
         (size == 1 for size in problem.bias_shape),
         strict=True,
     )
-    tensors = (*recomputed, shares[0])
-    _launch(_BIAS_GRADIENT, kernel, problem, tensors, kernel_arguments, **dict(shared), **dims)
+    _launch(_BIAS_GRADIENT, kernel, problem, (*tensors, shares[0]), kernel_arguments, **dict(shared), **_dims(problem))
     return shares.sum(0).to(bias.dtype).view(bias.shape) if num_shares > 1 else shares.view(bias.shape)
 
 
-def _sink_gradient(sinks: Tensor, lse_log2: Statistics, factor: Statistics | None, delta: Statistics) -> Tensor:
+def _sink_gradient(sinks: Tensor, lse_log2: Tensor, factor: Tensor | None, delta: Tensor) -> Tensor:
     """A sink is one more key, with a score and no value: its d_p is 0, so d_s = p * (0 - delta)."""
-    exponent = sinks.float()[:, None] * LOG2_E - lse_log2.ptr  # [batch, heads, rows] or [heads, rows]
-    per_row = exponent.exp2_().mul_(delta.ptr).neg_()
+    exponent = sinks.float()[:, None] * LOG2_E - lse_log2  # [batch, heads, rows] or [heads, rows]
+    per_row = exponent.exp2_().mul_(delta).neg_()
     if factor is not None:
-        per_row *= factor.ptr
+        per_row *= factor
     return per_row.sum(dim=(0, 2) if per_row.dim() == 3 else 1).to(sinks.dtype)
 
 
@@ -257,9 +320,3 @@ def _dims(problem: AttentionProblem) -> dict[str, Any]:
         "BLOCK_DV": width_v,
         "PRECISION": "tf32" if is_tf32 else "ieee",
     }
-
-
-def _empty_gradient(problem: AttentionProblem, tensor: Tensor) -> Tensor:
-    """Contiguous and not filled, but for rows that no kernel visits: those of packed buffers outside all sequences."""
-    make = torch.zeros if problem.layout == "varlen" else torch.empty
-    return make(tensor.shape, dtype=tensor.dtype, device=tensor.device)

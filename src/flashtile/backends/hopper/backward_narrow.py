@@ -29,7 +29,6 @@ from flashtile.backends.hopper.backward_parts import (
     find_work,
     load,
     num_readers,
-    receive_share,
     release_parts,
     row_numbers,
     steps_and_shares,
@@ -48,7 +47,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
-from flashtile.backends.hopper.primitives.scheduling import END, make_share_channel
+from flashtile.backends.hopper.primitives.scheduling import END, make_share_channel, receive_index
 from flashtile.backends.hopper.primitives.tiles import store_rows
 from flashtile.backends.hopper.primitives.turns import first_turn, pass_turn, take_turn
 
@@ -154,7 +153,7 @@ def gradients(
 
     first_turn(part, NUM_CONSUMERS)
     turn, first_step, num_before = 0, 0, 0
-    share_idx = receive_share(channels.shares, turn, 4)
+    share_idx = receive_index(channels.shares, turn, 4)
     while share_idx != END:
         work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
         sequence = work.sequence
@@ -183,7 +182,7 @@ def gradients(
         store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
         first_step, num_before = steps_and_shares(work)
         turn += 1
-        share_idx = receive_share(channels.shares, turn, 4)
+        share_idx = receive_index(channels.shares, turn, 4)
 
 
 @jit
@@ -271,7 +270,7 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
 def add_up_d_q(call, channels, d_s, sums):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     turn, first_step, num_before = 0, 0, 0
-    share_idx = receive_share(channels.shares, turn, 4)
+    share_idx = receive_index(channels.shares, turn, 4)
     while share_idx != END:
         work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
         for step in range(work.num_steps):
@@ -284,4 +283,4 @@ def add_up_d_q(call, channels, d_s, sums):
             add_d_q(sums, d_q, call, work, tile_idx, head_idx, 0, BLOCK_D)
         first_step, num_before = steps_and_shares(work)
         turn += 1
-        share_idx = receive_share(channels.shares, turn, 4)
+        share_idx = receive_index(channels.shares, turn, 4)

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper import constants
 from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row, sums_block
-from flashtile.backends.hopper.primitives.channel import claim, receive, release, slot_to_fill
+from flashtile.backends.hopper.primitives.channel import claim, receive, release
 from flashtile.backends.hopper.primitives.gluon_compat import (
     constexpr_function,
     inline_asm,
@@ -21,13 +21,11 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 )
 from flashtile.backends.hopper.primitives.layouts import (
     cols_of,
-    everywhere_layout,
-    number_layout,
     product_layout,
     rows_of,
 )
 from flashtile.backends.hopper.primitives.masking import q_tiles
-from flashtile.backends.hopper.primitives.scheduling import END, NUM_SLOTS, number_at
+from flashtile.backends.hopper.primitives.scheduling import END, next_index, receive_index, send_index
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from
 
 ROWS = gl.constexpr(constants.ROWS)
@@ -138,28 +136,6 @@ def steps_and_shares(work):
 
 
 @jit
-def next_share(order):
-    """Draws the index of a further share for a program; END if there is none."""
-    share_idx = gl.num_programs(0) + gl.atomic_add(order.counter, 1, sem="relaxed")
-    return gl.where(share_idx < order.num_tiles * order.num_heads, share_idx, END)
-
-
-@jit
-def send_share(shares, turn, share_idx):
-    """From one warp; END comes last."""
-    slot_to_fill(shares, turn).store(gl.arange(0, 4, number_layout(1)) * 0 + share_idx)
-    mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
-
-
-@jit
-def receive_share(shares, turn, NUM_WARPS: gl.constexpr):
-    layout: gl.constexpr = everywhere_layout(4, NUM_WARPS)
-    numbers = receive(shares, turn).load(layout)
-    release(shares, turn)
-    return number_at(numbers, gl.arange(0, 4, layout), 0)
-
-
-@jit
 def tile_and_head(work, call, step):
     """(tile of queries, query head) of a step: tile after tile from the last one on, head after head.
 
@@ -180,13 +156,13 @@ def load(call, channels, loads):
     else:
         share_idx, turn, first_step, num_before = gl.program_id(0), 0, 0, 0
         while share_idx != END:
-            send_share(channels.shares, turn, share_idx)
+            send_index(channels.shares, turn, share_idx)
             work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
             load_share(call, channels, loads, work)
             first_step, num_before = steps_and_shares(work)
             turn += 1
-            share_idx = next_share(call.order)
-        send_share(channels.shares, turn, END)
+            share_idx = next_index(call.order.counter, call.order.num_tiles * call.order.num_heads)
+        send_index(channels.shares, turn, END)
 
 
 @jit
@@ -280,13 +256,13 @@ def clean(call, channels):
             clean_share(call, channels, only_work(call, BLOCK_KV))
         else:
             turn, first_step, num_before = 0, 0, 0
-            share_idx = receive_share(channels.shares, turn, 1)
+            share_idx = receive_index(channels.shares, turn, 1)
             while share_idx != END:
                 work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
                 clean_share(call, channels, work)
                 first_step, num_before = steps_and_shares(work)
                 turn += 1
-                share_idx = receive_share(channels.shares, turn, 1)
+                share_idx = receive_index(channels.shares, turn, 1)
 
 
 @jit

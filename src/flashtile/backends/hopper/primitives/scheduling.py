@@ -133,5 +133,27 @@ def receive_share(shares, turn, splits):
 
 
 @jit
+def next_index(counter, num_shares):
+    """Draws the index of a further share for a program, as ``next_share`` does, but leaves the counter; END if none."""
+    share_idx = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+    return gl.where(share_idx < num_shares, share_idx, END)
+
+
+@jit
+def send_index(shares, turn, share_idx):
+    """From one warp, to readers that divide it; END comes last."""
+    slot_to_fill(shares, turn).store(gl.arange(0, 4, number_layout(1)) * 0 + share_idx)
+    mbarrier.arrive(shares.ready.index(turn % NUM_SLOTS), count=1)
+
+
+@jit
+def receive_index(shares, turn, NUM_WARPS: gl.constexpr):
+    layout: gl.constexpr = everywhere_layout(4, NUM_WARPS)
+    numbers = receive(shares, turn).load(layout)
+    release(shares, turn)
+    return number_at(numbers, gl.arange(0, 4, layout), 0)
+
+
+@jit
 def number_at(numbers, place, idx: gl.constexpr):
     return gl.sum(gl.where(place == idx, numbers, 0), 0)

@@ -297,10 +297,10 @@ def parts(**changes: Any) -> int:
         ({"seqlen_kv": 16384, "has_sinks": True, "heads_q": 8}, 16),
         ({"seqlen_kv": 16384, "has_sinks": True}, 4),  # 32 shares, of whose heads none are rows of a tile
         ({"seqlen_kv": 2**20, "heads_q": 1, "heads_kv": 1}, 131),  # 8,192 tiles, 63 in each part
-        ({"seqlen_kv": 16384, "seqlen_q": 128, "heads_q": 8}, 16),  # of 8 keys for each query
+        ({"seqlen_kv": 16384, "seqlen_q": 128, "heads_q": 8}, 8),  # of 16 keys for each query
         ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8}, 16),
-        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (900, 100)}, 2),
-        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (9000, 100)}, 15),
+        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (900, 100)}, 1),
+        ({"seqlen_kv": 16384, "seqlen_q": 64, "heads_q": 8, "window": (9000, 100)}, 8),
     ],
     ids=str,
 )
@@ -312,10 +312,10 @@ def test_how_many_parts_keys_are_cut_into(changes: dict[str, Any], expected: int
     "changes",
     [
         {"seqlen_kv": 512},
-        {"seqlen_kv": 1023},
+        {"seqlen_kv": 2047},
         {"seqlen_kv": 16384, "heads_q": 67, "heads_kv": 67},
         {"seqlen_kv": 16384, "seqlen_q": 1100, "heads_q": 8},
-        {"seqlen_kv": 2047, "seqlen_q": 128, "heads_q": 8},
+        {"seqlen_kv": 4096, "seqlen_q": 128, "heads_q": 8},
     ],
     ids=str,
 )
@@ -352,7 +352,7 @@ def test_no_part_is_short_and_shares_of_a_sequence_fit_on_the_gpu(heads: int, se
     tiles_of_a_part = -(-num_tiles // tiles.num_splits)
     if tiles.num_splits > 1:
         assert plan.num_shares(problem, tiles) <= H200.num_sms
-        assert tiles_of_a_part * tiles.block_kv >= max(512, 8 * min(seqlen_q, tiles.block_q))
+        assert tiles_of_a_part * tiles.block_kv >= max(512, 16 * min(seqlen_q, tiles.block_q))
         assert (tiles.num_splits - 1) * tiles_of_a_part < num_tiles
 
 

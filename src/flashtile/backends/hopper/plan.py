@@ -19,9 +19,11 @@ LARGEST_HEAD_DIM = 256
 LONGEST = 2**30
 """Positions, and sums of two of them, are 32-bit integers in the kernels."""
 FEWEST_KEYS = 512
-FEWEST_KEYS_PER_QUERY = 8
-"""Of a part of the keys of so many queries: at most a quarter of the bytes of K and V is then written and read as
+FEWEST_KEYS_PER_QUERY = 16
+"""Of a part of the keys of so many queries: at most an eighth of the bytes of K and V is then written and read as
 float32 results of parts."""
+FEWEST_PARTS = 4
+"""That many such parts keys must have to be split: fewer keys are soon read by one program."""
 SHORT = 128
 """Queries and keys up to which Triton's kernels may be the faster ones."""
 
@@ -258,7 +260,7 @@ def num_splits(computed: AttentionProblem, tiles: ForwardTiles, device: DeviceSp
     if left is not None and right is not None:
         num_keys = min(num_keys, left + num_queries + right)
     fewest_keys = max(FEWEST_KEYS, FEWEST_KEYS_PER_QUERY * num_queries)
-    if num_keys < 2 * fewest_keys:
+    if num_keys < FEWEST_PARTS * fewest_keys:
         return 1
     most = min(device.num_sms * computed.batch // num_shares(computed, tiles), num_keys // fewest_keys)
     num_tiles = -(-num_keys // tiles.block_kv)

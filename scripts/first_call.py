@@ -30,7 +30,7 @@ BACKENDS = ("auto", "triton")
 PARTS = {
     "forward": "forward",
     "imports": "of it importing the kernels, Triton included",
-    "triton_hash": "of it Triton's hash of its own library",
+    "triton_hash": "Triton's hash of its own library, which is read from the cache if that is filled",
     "backward": "its backward",
 }
 """What a process reports, each in seconds."""

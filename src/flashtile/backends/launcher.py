@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashtile.backends.base import Gradients, Saved
 from flashtile.backends.gpu import COMPILER_OPTIONS, garbage_kept
+from flashtile.backends.library_hash import known_hash
 from flashtile.backends.relaunch import Relaunch, Relaunches
 from flashtile.spec.operands import FIELDS, Operands, tensors_of
 from flashtile.spec.problem import AttentionProblem
@@ -68,7 +69,7 @@ class KernelLauncher:
             if len(self._compiled) >= MOST_FORMS:
                 self._compiled.clear()
                 self._ready.clear()
-            with garbage_kept():
+            with garbage_kept(), known_hash():
                 self._compiled[form] = self.kernel[grid](*arguments(*tensors), **constants, **options)
             return None
         in_order = tuple(constants[name] for name in self._parameters or constants if name in constants)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -202,18 +204,37 @@ def backward_call(**changes: Any) -> tuple[Operands, Saved, Tensor | None, Tenso
     return operands, Saved(out=given["out"], lse=given["lse"]), given["d_out"], given["d_lse"]
 
 
-@pytest.mark.usefixtures("ready")
-def test_the_shortest_backward_launches_with_what_it_is_given() -> None:
-    first, second = backward_call(), backward_call()
-    found, seen = Gradients(), []
+Backward = Callable[[Operands, Saved, Tensor | None, Tensor | None], Gradients]
+MADE = (torch.zeros(7),)
 
-    def again(given: Any) -> Gradients:
-        seen.append(given)
-        return found
 
-    run = shortest_backward(given_to_backward(*first), again, lambda *_: pytest.fail("not this way"))
-    assert run(*second) is found
-    assert [id(each) for each in seen[0]] == [id(each) for each in given_to_backward(*second)]
+def shortest_of(ready: Ready, call: Any, launched_with: Any = None, taken: list[Any] | None = None) -> Backward | None:
+    """The shortest way for calls like one; what goes another way is added to a list, or wrong."""
+    given = given_to_backward(*call)
+
+    def otherwise(*call: Any) -> Gradients:
+        assert taken is not None, "not this way"
+        taken.append(call)
+        return Gradients()
+
+    return shortest_backward(
+        cast(Any, ready),
+        given,
+        (*(launched_with or given), *MADE),
+        lambda: MADE,
+        lambda given, made: Gradients(q=given[0], k=made[0]),
+        otherwise,
+    )
+
+
+def test_the_shortest_backward_launches_with_what_it_is_given(ready: Ready) -> None:
+    second = backward_call()
+    run = shortest_of(ready, backward_call())
+    assert run is not None
+    found = run(*second)
+    assert found.q is second[0].q and found.k is MADE[0]
+    (launched,) = ready.launched
+    assert [id(each) for each in launched] == [id(each) for each in (*given_to_backward(*second), *MADE)]
 
 
 @pytest.mark.parametrize(
@@ -228,33 +249,38 @@ def test_the_shortest_backward_launches_with_what_it_is_given() -> None:
     ],
     ids=["strides", "no d_out", "a d_lse", "address", "strides of what was saved", "address of an option"],
 )
-@pytest.mark.usefixtures("ready")
-def test_another_backward_goes_another_way(changes: dict[str, Any]) -> None:
+def test_another_backward_goes_another_way(changes: dict[str, Any], ready: Ready) -> None:
     taken: list[Any] = []
-    run = shortest_backward(
-        given_to_backward(*backward_call()),
-        lambda _: pytest.fail("not this way"),
-        lambda *call: taken.append(call) or Gradients(),
-    )
+    run = shortest_of(ready, backward_call(), taken=taken)
     changed = backward_call(**changes)
+    assert run is not None
     run(*changed)
-    assert taken == [changed]
+    assert taken == [changed] and not ready.launched
 
 
-@pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("change", ["hooks", "device"])
-def test_a_backward_somebody_looks_at_goes_another_way(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backward_somebody_looks_at_goes_another_way(
+    change: str, ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken: list[Any] = []
     call = backward_call()
-    run = shortest_backward(
-        given_to_backward(*call), lambda _: pytest.fail("not this way"), lambda *call: taken.append(call) or Gradients()
-    )
+    run = shortest_of(ready, call, taken=taken)
+    ready.is_being_watched = change == "hooks"
     if change == "device":
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    else:
-        monkeypatch.setattr(Relaunch, "is_watched", staticmethod(lambda: True))
+    assert run is not None
     run(*call)
-    assert taken == [call]
+    assert taken == [call] and not ready.launched
+
+
+@pytest.mark.parametrize("why", ["no launch", "a copy", "packed"])
+def test_backwards_that_have_no_shortest_way(why: str, ready: Ready) -> None:
+    operands, saved, d_out, d_lse = backward_call()
+    if why == "packed":
+        operands = replace(operands, cu_seqlens_q=torch.zeros(3), cu_seqlens_kv=torch.zeros(3))
+    call = operands, saved, d_out, d_lse
+    copied = (operands.q.clone(), *given_to_backward(*call)[1:]) if why == "a copy" else None
+    assert shortest_of(cast(Any, None) if why == "no launch" else ready, call, copied) is None
 
 
 def test_all_launches_have_to_be_known(ready: Ready) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import Any
@@ -126,23 +127,36 @@ def given_to_backward(operands: Operands, saved: Saved, d_out: Tensor | None, d_
 
 
 def shortest_backward(
-    given: Tensors, again: Callable[[Tensors], Gradients], otherwise: Callable[..., Gradients]
-) -> Callable[[Operands, Saved, Tensor | None, Tensor | None], Gradients]:
-    """(operands, saved, d_out, d_lse) -> gradients, for dense tensors of the sizes of ``given``.
+    launch: Relaunch | Relaunches | None,
+    given: Tensors,
+    launched_with: Tensors,
+    make: Callable[[], Tensors],
+    gradients: Callable[[Tensors, Tensors], Gradients],
+    otherwise: Callable[[Operands, Saved, Tensor | None, Tensor | None], Gradients],
+) -> Callable[[Operands, Saved, Tensor | None, Tensor | None], Gradients] | None:
+    """(operands, saved, d_out, d_lse) -> gradients, for dense tensors of the sizes and strides of ``given``.
+
+    None without a launch of these themselves.
 
     Args:
-        given: to a call that came before.
-        again: the gradients from others of these strides that begin at such multiples of bytes.
-        otherwise: for tensors of other strides, and while someone wants to be told of launches.
+        launch: takes what a call is given, and what ``make`` makes.
+        given, launched_with: of a call that came before; they differ where a tensor had to be copied or filled in.
+        gradients: from what was given and made, after the launch.
+        otherwise: for tensors of other strides or addresses, and while someone wants to be told of launches.
     """
-    device, forms = operands_of(given)[0].q.device.index, _strides_and_alignments(given)
+    operands, _ = operands_of(given)
+    if launch is None or operands.cu_seqlens_q is not None or any(map(operator.is_not, given, launched_with)):
+        return None
+    device, forms = operands.q.device.index, _strides_and_alignments(given)
 
     def run(operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients:
         given = given_to_backward(operands, saved, d_out, d_lse)
         is_like = _strides_and_alignments(given) == forms and device == torch.cuda.current_device()
-        if is_like and not Relaunch.is_watched():
-            return again(given)
-        return otherwise(operands, saved, d_out, d_lse)
+        if not is_like or launch.is_watched():
+            return otherwise(operands, saved, d_out, d_lse)
+        made = make()
+        launch((*given, *made))
+        return gradients(given, made)
 
     return run
 

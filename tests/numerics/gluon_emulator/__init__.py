@@ -201,8 +201,10 @@ def install() -> None:
         "mbarrier": mbarrier,
         "tma": tma,
     }
-    _module("triton", **plain_names, cdiv=lambda a, b: -(-a // b))
+    _module("triton", **plain_names, cdiv=lambda a, b: -(-a // b), __file__=__file__)
     _module("triton.knobs")
+    _module("triton.runtime")
+    _module("triton.runtime.cache")
     _module("triton.language", **_language())
     _module("triton.experimental")
     _module(gluon, **plain_names)

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -262,19 +262,9 @@ def backward_again(
     """``backward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
     found, launch, tensors = _backward(problem, operands, saved, d_out, d_lse, plan)
     given = given_to_backward(operands, saved, d_out, d_lse)
-    if launch is None or problem.layout == "varlen" or any(map(operator.is_not, given, tensors)):
-        return found, None
     make = _made_by_backward(problem, plan, operands.q.device)
-
-    def again(given: tuple[Any, ...]) -> Gradients:
-        made = make()
-        launch((*given, *made))
-        return _gradients(problem, given, made)
-
-    def otherwise(operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients:
-        return backward(problem, operands, saved, d_out, d_lse, plan)
-
-    return found, shortest_backward(given, again, otherwise)
+    otherwise = partial(backward, problem, plan=plan)
+    return found, shortest_backward(launch, given, tensors, make, partial(_gradients, problem), otherwise)
 
 
 def _backward(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -98,19 +97,9 @@ def backward_again(
     """``backward``, and the shortest way to it for tensors of these sizes, strides and dtypes, if there is one."""
     found, launch, tensors = _backward(problem, operands, saved, d_out, d_lse, plan)
     given = given_to_backward(operands, saved, d_out, d_lse)
-    if launch is None or problem.layout == "varlen" or any(map(operator.is_not, given, tensors)):
-        return found, None
     make = _made_by_backward(problem, operands.q.device)
-
-    def again(given: Tensors) -> Gradients:
-        made = make()
-        launch((*given, *made))
-        return _gradients(problem, given, made, None)
-
-    def otherwise(operands: Operands, saved: Saved, d_out: Tensor | None, d_lse: Tensor | None) -> Gradients:
-        return backward(problem, operands, saved, d_out, d_lse, plan)
-
-    return found, shortest_backward(given, again, otherwise)
+    otherwise = partial(backward, problem, plan=plan)
+    return found, shortest_backward(launch, given, tensors, make, partial(_gradients, problem), otherwise)
 
 
 def _backward(
@@ -139,7 +128,7 @@ def _backward(
     return found, relaunches(launches), tensors
 
 
-def _gradients(problem: AttentionProblem, given: Tensors, made: Tensors, d_bias: Tensor | None) -> Gradients:
+def _gradients(problem: AttentionProblem, given: Tensors, made: Tensors, d_bias: Tensor | None = None) -> Gradients:
     """Those that are wanted, after the kernels."""
     lse_log2, factor, delta, d_q, d_k, d_v = made
     found = {"q": d_q, "k": d_k, "v": d_v, "bias": d_bias}

@@ -5,8 +5,8 @@
 
 out, lse and every gradient must be within the error budget of ``flashtile.testing``, and the forward must give the same
 bits again. Problems come in mixes: those of one mix share what kernels are compiled for (dtype, head sizes, strides,
-which options there are), and differ in lengths, heads, scale, windows and numbers. Calls that the backend declines are
-counted.
+which options there are), and differ in lengths, heads, scale, windows and numbers; some have few queries and many keys.
+Calls that the backend declines are counted.
 
 Each problem has a seed of its own, SEED.MIX.NUMBER, which stands in the log before the problem runs; ``--only`` runs it
 alone, given the same ``--device`` and ``--longest``. A problem that hangs ends the process, with every thread's stack.
@@ -44,6 +44,8 @@ DRAWN_EVERY_TIME = (
 """The fields of a ``CallSpec`` that no kernel is compiled for; how far a window reaches comes on top."""
 EDGES = sorted({0, 1, 2} | {block + offset for block in range(16, 257, 16) for offset in (-1, 0, 1)})
 """Sequence lengths around tiles of any backend."""
+FEW_QUERIES_RATE, MOST_FEW_QUERIES = 0.15, 100
+"""Of dense problems so many have few queries of up to four times the longest keys: Hopper's kernels take them in parts."""
 REPEATS = 2
 """The second call of a kind takes a shorter way to the kernel than the first, and the third a shorter one still."""
 MOST_MISMATCHES = 10
@@ -80,6 +82,10 @@ def draw(seed: str, longest: int) -> Problem:
     if mix.window is not None:
         left, right = (None if side is None else rng.choice((side, rng.randint(0, longest))) for side in mix.window)
         spec = replace(spec, window=(left, right))
+    if not spec.is_packed and rng.random() < FEW_QUERIES_RATE:
+        few, many = rng.randint(1, MOST_FEW_QUERIES), rng.randint(longest, 4 * longest)
+        batch = len(spec.lengths_q)
+        spec = replace(spec, lengths_q=(few,) * batch, lengths_kv=(many,) * batch)
     return Problem(seed=seed, spec=spec, has_d_out=has_d_out, has_d_lse=has_d_lse)
 
 

@@ -52,6 +52,15 @@ def seed_of_a_problem_with_rows(script: ModuleType) -> str:
     return next(seed for seed in seeds if sum(script.draw(seed, LONGEST).spec.lengths_q))
 
 
+def test_some_problems_have_few_queries_of_many_keys(script: ModuleType) -> None:
+    specs = [script.draw(f"1.{mix}.{number}", LONGEST).spec for mix in range(10) for number in range(20)]
+    few = [spec for spec in specs if spec.lengths_kv and max(spec.lengths_kv) > LONGEST]
+    assert len(few) > 5
+    for spec in few:
+        assert not spec.is_packed and 1 <= spec.lengths_q[0] <= script.MOST_FEW_QUERIES
+        assert len({*spec.lengths_kv}) == 1 and max(spec.lengths_kv) <= 4 * LONGEST
+
+
 # `capfd` and not `capsys`: the watchdog writes to the file descriptor of stderr.
 
 

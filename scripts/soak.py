@@ -45,7 +45,7 @@ DRAWN_EVERY_TIME = (
 EDGES = sorted({0, 1, 2} | {block + offset for block in range(16, 257, 16) for offset in (-1, 0, 1)})
 """Sequence lengths around tiles of any backend."""
 FEW_QUERIES_RATE, MOST_FEW_QUERIES = 0.15, 100
-"""Of dense problems so many have few queries of up to four times the longest keys: Hopper's kernels take them in parts."""
+"""So many of the dense problems have few queries and up to four times the longest keys: Hopper takes those in parts."""
 REPEATS = 2
 """The second call of a kind takes a shorter way to the kernel than the first, and the third a shorter one still."""
 MOST_MISMATCHES = 10

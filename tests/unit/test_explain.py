@@ -174,6 +174,15 @@ def test_the_verdicts_are_the_backends_own() -> None:
     assert [verdict.backend for verdict in fallback.verdicts if verdict.is_chosen] == ["naive"]
 
 
+def test_a_problem_too_short_for_the_usual_backend_says_so() -> None:
+    short = flashtile.explain(seqlen_q=64, heads_q=4, head_dim=64, causal=True, device="h200")
+    assert [verdict.backend for verdict in short.verdicts if verdict.is_chosen] == ["triton"]
+    assert [verdict.backend for verdict in short.verdicts if verdict.is_slower] == ["hopper"]
+    text = str(short)
+    assert text.index("triton  chosen") < text.index("hopper  accepts") and "too short for it" in text
+    assert not any(verdict.is_slower for verdict in flashtile.explain(**MAIN, device="h200").verdicts)
+
+
 def test_a_backend_that_declines_is_an_answer_and_no_exception() -> None:
     explanation = flashtile.explain(**MAIN, device="h200", backend="cpu")
     assert explanation.plan is None

@@ -29,6 +29,8 @@ class BackendVerdict:
     is_chosen: bool
     reasons: tuple[str, ...]
     """Why it declines; empty if it takes the problem."""
+    is_slower: bool = False
+    """Whether ``auto`` asks it later than as a rule: a backend behind it is the faster one for so short a problem."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,8 +280,9 @@ def _explain(problem: AttentionProblem, operands: Operands | None, device: Devic
                 backend=name,
                 is_chosen=plan is not None and plan.backend == name,
                 reasons=dispatch.BACKENDS[name].rejects(problem, device),
+                is_slower=place > list(dispatch.BACKENDS).index(name),
             )
-            for name in dispatch.fastest_first(problem)
+            for place, name in enumerate(dispatch.fastest_first(problem))
         ),
         costs=costs,
         copies=_copies(problem, plan, operands),

@@ -110,7 +110,8 @@ def _backend_lines(explanation: Explanation) -> Iterator[str]:
         elif verdict.reasons:
             status, why = "declines", "; ".join(verdict.reasons)
         else:
-            status, why = "accepts", "would take the problem too"
+            slower = ", which is too short for it to be the faster one" if verdict.is_slower else ""
+            status, why = "accepts", f"would take the problem too{slower}"
         yield from _wrapped(f"  {verdict.backend:<{width}}  {status:<8}  ", why)
     if plan is None:
         return

@@ -159,28 +159,31 @@ def test_gradients_of_other_tensors(options: dict[str, Any], head_dim: int, atte
     assert len(shortest_backwards()) == 1
 
 
-def test_gradients_that_come_in_another_form(attend: Attend) -> None:
-    """Broadcast, transposed, of the lse too, none of the output: what was remembered holds for none of them."""
+def test_upstream_gradients_in_another_form(attend: Attend) -> None:
+    """Broadcast, or with the heads first: what was remembered holds for neither of them."""
     leaves = [tensor.clone().requires_grad_() for tensor in qkv()]
-    with_lse = partial(flashtile.attention_with_lse, *leaves, **cast(Any, attend).keywords)
-    expected_of = partial(flashtile.attention_with_lse, *leaves, backend="naive")
     plain = torch.randn(2, 300, 4, 64, device="cuda").bfloat16()
     moved = plain.transpose(1, 2).contiguous().transpose(1, 2)
-    d_lse = torch.randn(2, 4, 300, device="cuda")
-    for d_out, d_lse_given in (
-        *((plain, None),) * NUM_CALLS,
-        (plain[:1, :1, :1, :1].expand(plain.shape), None),
-        (moved, None),
-        (plain, d_lse),
-        (None, d_lse),
-        (plain, None),
-    ):
-        results, expected = with_lse(), expected_of()
-        upstream = [d_out, d_lse_given]
-        chosen = [index for index in (0, 1) if upstream[index] is not None]
-        found = torch.autograd.grad([results[i] for i in chosen], leaves, [upstream[i] for i in chosen])
-        wanted = torch.autograd.grad([expected[i] for i in chosen], leaves, [upstream[i] for i in chosen])
-        assert_gradients(found, wanted)
+    for d_out in (*(plain,) * NUM_CALLS, plain[:1, :1, :1, :1].expand(plain.shape), moved, plain):
+        expected = torch.autograd.grad(flashtile.attention(*leaves, backend="naive"), leaves, d_out)
+        assert_gradients(torch.autograd.grad(attend(*leaves), leaves, d_out), expected)
+    assert len(shortest_backwards()) == 1
+
+
+def test_upstream_gradients_of_the_lse(attend: Attend) -> None:
+    """With one of the output, and without; in other strides too."""
+    leaves = [tensor.clone().requires_grad_() for tensor in qkv()]
+    with_lse = partial(flashtile.attention_with_lse, *leaves)
+    d_out, d_lse = torch.randn(2, 300, 4, 64, device="cuda").bfloat16(), torch.randn(2, 4, 300, device="cuda")
+    moved = d_lse.transpose(1, 2).contiguous().transpose(1, 2)
+    for upstream in (*((d_out, d_lse),) * NUM_CALLS, (None, d_lse), (d_out, moved), (d_out, None), (d_out, d_lse)):
+        used = [index for index in (0, 1) if upstream[index] is not None]
+        found, expected = (
+            torch.autograd.grad([results[index] for index in used], leaves, [upstream[index] for index in used])
+            for results in (with_lse(**cast(Any, attend).keywords), with_lse(backend="naive"))
+        )
+        assert_gradients(found, expected)
+    assert len(shortest_backwards()) == 1
 
 
 def test_gradients_in_a_graph(attend: Attend) -> None:

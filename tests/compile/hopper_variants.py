@@ -113,8 +113,13 @@ def lengths() -> dict[str, CallSpec]:
         for name, kind in (("causal", spec), ("narrow", NARROW))
         for length, batch in ((2, 1), (63, 1), (64, 3), (1000, 2), (1024, 16), (1025, 3), (2048, 16))
     }
-    for seqlen_q, seqlen_kv, batch in ((2, 2049, 1), (15, 8192, 3), (128, 12345, 1)):  # 4, 16 and 6 parts
-        name = f"split {batch} of {seqlen_q}, {seqlen_kv}"
+    for seqlen_q, seqlen_kv, batch in (
+        (2, 2049, 1),
+        (15, 8192, 3),
+        (16, 2049, 2),
+        (128, 12345, 1),
+    ):  # 4, 16, 4, 6 parts
+        name = f"split-{'few' if seqlen_q < plan.MANY_ROWS else 'many'} {batch} of {seqlen_q}, {seqlen_kv}"
         found[name] = replace(spec, lengths_q=(seqlen_q,) * batch, lengths_kv=(seqlen_kv,) * batch)
     spec = replace(spec, is_packed=True)
     for each in ((2,), (64, 0), (100, 17, 64), (1024,) * 3, (1025, 3), (5000,) * 2):

@@ -370,25 +370,21 @@ def test_the_plan_says_that_keys_are_split_and_what_puts_them_together() -> None
     forward = explanation.plan.forward
     assert forward.grid == (132,) and "keys in 16 parts" in forward.reason
     (combine,) = forward.companions
-    assert (combine.kernel, combine.grid) == ("combine", (2, 8, 2))
+    assert (combine.kernel, combine.grid) == ("combine", (2, 8, 4))
     assert forward.shared_memory_bytes < plan.plan(posed(), H200).forward.shared_memory_bytes  # no tile of the output
-    assert "forward: kernel hopper/combine, tiles 2 x 16, grid 2 x 8 x 2" in str(explanation)
+    assert "forward: kernel hopper/combine, tiles 1 x 32, grid 2 x 8 x 4" in str(explanation)
     held = {term.what: term.num_bytes for term in explanation.costs[0].tiled.extra}
     assert held["out, lse of parts"] == 16 * 2 * 32 * 129 * 4
     assert not plan.plan(posed(), H200).forward.companions
 
 
-@pytest.mark.parametrize(("seqlen_q", "num_parts"), [(1, 2), (1, 5), (3, 16), (128, 2), (1, 40)])
-def test_a_program_combines_as_many_rows_as_fill_its_tile(
-    seqlen_q: int, num_parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan, "num_splits", lambda *_: num_parts)
-    problem = posed(seqlen_q=seqlen_q)
-    (combine,) = plan.plan(problem, H200).forward.companions
-    rows, parts_at_a_time = combine.tiles.block_q, combine.tiles.block_kv
-    assert rows * parts_at_a_time == (32 if seqlen_q > 1 else parts_at_a_time)
-    assert parts_at_a_time >= min(num_parts, 32) and parts_at_a_time < 2 * num_parts
-    assert combine.grid[-1] == -(-seqlen_q // rows)
+@pytest.mark.parametrize(("seqlen_q", "rows"), [(1, 1), (15, 1), (16, 4), (128, 4)])
+def test_many_rows_are_combined_several_at_a_time(seqlen_q: int, rows: int) -> None:
+    """The same compiled kernel for any number of parts, or a new length would compile one."""
+    for seqlen_kv in (8192, 16384, 2**20):
+        (combine,) = plan.plan(posed(seqlen_q=seqlen_q, seqlen_kv=seqlen_kv), H200).forward.companions
+        assert (combine.tiles.block_q, combine.tiles.block_kv) == (rows, 32 // rows)
+        assert combine.grid == (1, 8, -(-seqlen_q // rows))
 
 
 # --- short calls ------------------------------------------------------------------------------------------------------

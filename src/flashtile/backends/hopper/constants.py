@@ -14,7 +14,7 @@ Packed, sequence b starts at block b + q_begin // STATISTICS_ROWS, which leaves 
 """
 
 PARTS = 32
-"""How many parts of a row's keys are combined at a time."""
+"""How many parts of rows are combined at a time."""
 
 SUM_ROWS = 16
 """The sums of d_q lie in blocks of so many rows, those of one warp's product; sequences start as above."""

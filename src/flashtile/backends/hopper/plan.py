@@ -24,6 +24,8 @@ FEWEST_KEYS_PER_QUERY = 16
 float32 results of parts."""
 FEWEST_PARTS = 4
 """That many such parts keys must have to be split: fewer keys are soon read by one program."""
+MANY_ROWS, COMBINED_ROWS = 16, 4
+"""So many queries of a head are combined several at a time; not by how many parts there are, which lengths decide."""
 SHORT = 128
 """Queries and keys up to which Triton's kernels may be the faster ones."""
 
@@ -192,9 +194,9 @@ def _forward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
 
 
 def _combine(computed: AttentionProblem, tiles: ForwardTiles) -> KernelPlan:
-    """A program reads ``PARTS`` parts at a time, of several rows if they have fewer."""
-    parts = min(PARTS, 1 << (tiles.num_splits - 1).bit_length())
-    rows = PARTS // parts if computed.seqlen_q > 1 else 1
+    """A program reads ``PARTS`` parts at a time: of one row or, of many rows, which have fewer, of several."""
+    rows = 1 if computed.seqlen_q < MANY_ROWS else COMBINED_ROWS
+    parts = PARTS // rows
     return KernelPlan(
         kernel="combine",
         tiles=TileConfig(block_q=rows, block_kv=parts),

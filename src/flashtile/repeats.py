@@ -82,7 +82,9 @@ def key(q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[str, Any]) -> 
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
             return None
         forms += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, records and tensor.requires_grad)
-    return (dispatch.resolved(backend), kinds, options, *forms)
+    # Kernels are compiled for the products of float32 that torch's setting asks for.
+    precision = torch.backends.cuda.matmul.fp32_precision if q.dtype is torch.float32 else None
+    return (dispatch.resolved(backend), precision, kinds, options, *forms)
 
 
 def find(key: tuple[Any, ...]) -> Known | None:

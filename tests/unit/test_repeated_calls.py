@@ -242,6 +242,18 @@ def test_negated_views_are_read_as_what_they_are() -> None:
     assert negated.is_neg() and torch.equal(flashtile.attention(negated, k, v), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_precision_of_float32_is_part_of_its_calls(dtype: torch.dtype, num_checks: list[int]) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            flashtile.attention(*qkv(dtype=dtype))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(num_checks) == (2 if dtype is torch.float32 else 1)
+
+
 def test_strides_are_part_of_a_call() -> None:
     q, k, v = qkv()
     expected = flashtile.attention(q, k, v)

@@ -26,6 +26,17 @@ NUM_CALLS = 5
 
 
 Attend = Callable[..., Tensor]
+every_option = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window": (100, 3), "softcap": 20.0},
+        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+        {"sinks": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
 
 
 @pytest.fixture(params=["hopper", "triton"])
@@ -49,6 +60,10 @@ def qkv(seqlen: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def on_gpu(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: each.cuda() if isinstance(each, Tensor) else each for name, each in options.items()}
+
+
 def shortest() -> list[Any]:
     return [
         known.again
@@ -58,19 +73,9 @@ def shortest() -> list[Any]:
 
 
 @pytest.mark.parametrize("seqlen", [1, 300, 5000])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"causal": True},
-        {"window": (100, 3), "softcap": 20.0},
-        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
-        {"sinks": torch.tensor([0.5, 0.25, 0.1, 0.0])},
-    ],
-    ids=lambda options: " ".join(options) or "plain",
-)
+@every_option
 def test_other_tensors_and_the_same_ones(options: dict[str, Any], seqlen: int, attend: Attend) -> None:
-    given = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in options.items()}
+    given = on_gpu(options)
     first = attend(*qkv(seqlen), **given)
     for seed in range(NUM_CALLS):
         tensors = tuple(tensor.clone() for tensor in qkv(seqlen, seed))
@@ -83,7 +88,7 @@ def test_other_tensors_and_the_same_ones(options: dict[str, Any], seqlen: int, a
 @pytest.mark.parametrize("options", [{}, {"causal": True, "sinks": torch.tensor([0.5, 0.25, 0.1, 0.0])}], ids=str)
 def test_few_queries_of_many_keys(options: dict[str, Any], num_queries: int, attend: Attend) -> None:
     """Hopper splits the keys, and launches a second kernel."""
-    given = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in options.items()}
+    given = on_gpu(options)
     q, k, v = qkv(9000)
     first = attend(q[:, :num_queries].contiguous(), k, v, **given)
     for seed in range(NUM_CALLS):
@@ -126,19 +131,9 @@ def assert_gradients(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"causal": True},
-        {"window": (100, 3), "softcap": 20.0},
-        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
-        {"sinks": torch.tensor([0.5, 0.25, 0.1, 0.0])},
-    ],
-    ids=lambda options: " ".join(options) or "plain",
-)
+@every_option
 def test_gradients_of_other_tensors(options: dict[str, Any], head_dim: int, attend: Attend) -> None:
-    given = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in options.items()}
+    given = on_gpu(options)
     if head_dim > 128:
         given.pop("softcap", None)  # which Hopper's backward has no kernel for
     for seed in range(NUM_CALLS):

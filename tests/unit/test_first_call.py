@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from script_loader import load_script
 
 from flashtile import ops
 from flashtile.backends import gpu
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "first_call.py"
-
 
 @pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("first_call", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("first_call", monkeypatch)
 
 
 def test_it_says_that_it_needs_a_gpu(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,12 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from script_loader import SCRIPTS, load_script
 from torch import Tensor
 
 from flashtile import UnsupportedProblem
 from flashtile.backends.naive import launch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "soak.py"
+SCRIPT = SCRIPTS / "soak.py"
 LONGEST = 40
 ANSWERS_NEVER = f"""
 import importlib.util, sys, time
@@ -30,12 +30,7 @@ soak.main(sys.argv[1:])
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "soak", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("soak", monkeypatch)
 
 
 @pytest.fixture

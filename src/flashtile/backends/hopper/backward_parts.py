@@ -19,11 +19,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     warpgroup_mma,
     zeros,
 )
-from flashtile.backends.hopper.primitives.layouts import (
-    cols_of,
-    product_layout,
-    rows_of,
-)
+from flashtile.backends.hopper.primitives.layouts import cols_of, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import q_tiles
 from flashtile.backends.hopper.primitives.scheduling import END, next_index, receive_index, send_index
 from flashtile.backends.hopper.primitives.tiles import zero_rows_from

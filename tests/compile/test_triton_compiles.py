@@ -6,15 +6,12 @@ No GPU is needed: a process of its own compiles for a target (``triton_variants.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from variants_process import MOST_SPILLED_BYTES, NEWEST, as_table, check_memory, needs_newest, variants
+from variants_process import NEWEST, as_table, check_memory, needs_newest, variants
 
 from flashtile.backends.triton.tiles import FAMILIES, KERNELS
 
-MOST_SPILLED_BY_THE_NEWEST = 320
-"""Bytes, of the dK/dV kernels that Triton 3.9 was timed with too: rows that spill less were slower (docs/triton.md)."""
 MOST_SPILLED_BY_RARE_CALLS = 1024
 """Bytes, of kernels that have to address every element on its own, or read one number as a bias."""
 COLUMNS = {"dtype": 16, "width": 6, "column": 32, "registers": 10, "spills": 8, "shared": 9}
@@ -25,16 +22,8 @@ def compile_all(family: str, kernel: str, columns: str, path: Path | None, cache
     found = variants("triton_variants.py", family, kernel, columns, cache=cache, triton_path=path)
     table = as_table(found, COLUMNS)
     assert len(found) >= 5, table
-    were_timed = [path is not None and was_timed(family, kernel, row) for row in found]
-    for is_timed, most_spilled in ((False, MOST_SPILLED_BYTES), (True, MOST_SPILLED_BY_THE_NEWEST)):
-        rows = [row for row, each in zip(found, were_timed, strict=True) if each == is_timed]
-        check_memory(rows, table, most_shared=FAMILIES[family], most_spilled=most_spilled)
+    check_memory(found, table, most_shared=FAMILIES[family])
     return table
-
-
-def was_timed(family: str, kernel: str, row: dict[str, Any]) -> bool:
-    is_timed_width = row["dtype"] == "torch.bfloat16" and row["width"] in (128, 256)
-    return family == "sm_90" and kernel == "backward_kv" and is_timed_width
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -18,6 +18,7 @@ import torch
 from absent_gpu import DEVICES, needs, pretend
 
 from flashtile.backends import relaunch
+from flashtile.backends.assembler import older_assembler
 from flashtile.backends.base import KernelPlan, Saved
 from flashtile.backends.gpu import COMPILER_OPTIONS
 from flashtile.backends.launcher import KernelLauncher
@@ -104,7 +105,8 @@ def launched(family: str, problem: AttentionProblem, operands: Operands) -> dict
         args = arguments(*tensors)
         constants |= {"BLOCK_Q": row.block_q, "BLOCK_KV": row.block_kv}
         options: dict[str, Any] = {"num_warps": row.num_warps, "num_stages": row.num_stages, **COMPILER_OPTIONS}
-        kernel = launcher.kernel.warmup(*args, grid=(1,), **constants, **options)
+        with older_assembler() as more:
+            kernel = launcher.kernel.warmup(*args, grid=(1,), **constants, **options, **more)
         if "ptx" in kernel.asm:
             values = (*args, *(constants[name] for name in kernel.src.signature if name in constants))
             assert relaunch.parameters_of(kernel, values) is not None, "the driver would not know what to launch"

@@ -126,7 +126,7 @@ def shortest_backwards() -> list[Any]:
 
 def assert_gradients(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for one, other in zip(found, expected, strict=True):
-        scale = other.float().abs().max()
+        scale = other.float().abs().max().clamp(min=1e-6)  # a gradient may be 0 everywhere, as d_v of an lse is
         torch.testing.assert_close(one.float() / scale, other.float() / scale, atol=0.02, rtol=0.02)
 
 

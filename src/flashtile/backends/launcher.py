@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtile.backends.assembler import older_assembler
 from flashtile.backends.base import Gradients, Saved
 from flashtile.backends.gpu import COMPILER_OPTIONS, garbage_kept
 from flashtile.backends.library_hash import known_hash
@@ -70,8 +71,8 @@ class KernelLauncher:
             if len(self._compiled) >= MOST_FORMS:
                 self._compiled.clear()
                 self._ready.clear()
-            with garbage_kept(), known_hash():
-                self._compiled[form] = self.kernel[grid](*arguments(*tensors), **constants, **options)
+            with garbage_kept(), known_hash(), older_assembler() as more:
+                self._compiled[form] = self.kernel[grid](*arguments(*tensors), **constants, **options, **more)
             return None
         in_order = tuple(constants[name] for name in self._parameters or constants if name in constants)
         if form not in self._ready:  # comes for the second time, so it may come often

@@ -178,10 +178,10 @@ def attention_backward_kv(
         num_rows = sequence.seqlen_q - q_begin
         q_ptr = row_pointer(q_matrix, work.batch_idx, head.head_idx, sequence.q_begin + q_begin)
         d_out_ptr = row_pointer(d_out_matrix, work.batch_idx, head.head_idx, sequence.q_begin + q_begin)
-        q = load_tile(q_ptr, q_matrix, num_rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
+        q = load_tile(q_ptr, q_matrix, num_rows, HEAD_DIM, BLOCK_Q, BLOCK_D, q_begin)
         product_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_KV, BLOCK_Q] f32
         p_t, capped_t = probabilities(product_t, lse_log2_rows, factor_rows, head, tile, True, BLOCK_Q, BLOCK_KV)
-        d_out = load_tile(d_out_ptr, d_out_matrix, num_rows, HEAD_DIM_V, BLOCK_Q, BLOCK_DV)
+        d_out = load_tile(d_out_ptr, d_out_matrix, num_rows, HEAD_DIM_V, BLOCK_Q, BLOCK_DV, q_begin)
         d_p_t = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_KV, BLOCK_Q] f32
         dropped_t = p_t
         p_t = scores.through_cap(p_t, capped_t, rules)

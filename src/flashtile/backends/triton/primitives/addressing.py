@@ -46,14 +46,18 @@ def row_pointer(matrix, batch_idx, head_idx, row_idx):
 
 
 @triton.jit
-def tile_pointers(ptr, matrix, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def tile_pointers(ptr, matrix, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, begin=0):
     """[BLOCK_ROWS, BLOCK_COLS] addresses of the tile whose first element is at ``ptr``.
 
     Wide tiles count from there in 32 bits, as the planner sees to; so many 64-bit addresses would not fit in registers.
+    A loop that has no registers for these either says where its tile begins, and computes them in every step: with a 0
+    that is not known to be one, the sign of a number that changes from step to step.
     """
     rows, cols = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLS)[None, :]
     if BLOCK_COLS < 256:
         rows, cols = rows.to(tl.int64), cols.to(tl.int64)
+    else:
+        rows += begin >> 31
     return ptr + (rows * matrix.row_stride + cols * matrix.col_stride)
 
 
@@ -68,12 +72,14 @@ def inside(num_rows, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COL
 
 
 @triton.jit
-def load_tile(ptr, matrix, num_rows, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def load_tile(
+    ptr, matrix, num_rows, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, begin=0
+):
     """[BLOCK_ROWS, BLOCK_COLS] of the matrix from ``ptr`` on, of which ``num_rows`` rows and NUM_COLS columns exist.
 
-    What lies outside is never read, and 0.
+    What lies outside is never read, and 0. ``begin``: see ``tile_pointers``.
     """
-    pointers = tile_pointers(ptr, matrix, BLOCK_ROWS, BLOCK_COLS)
+    pointers = tile_pointers(ptr, matrix, BLOCK_ROWS, BLOCK_COLS, begin)
     return tl.load(pointers, mask=inside(num_rows, NUM_COLS, BLOCK_ROWS, BLOCK_COLS), other=0.0)
 
 

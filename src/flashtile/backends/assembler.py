@@ -1,0 +1,74 @@
+"""Which of its two assemblers (ptxas) Triton takes for our kernels on a Hopper GPU.
+
+From 3.9 on it would be the newer one (CUDA 13), told to allocate registers in a way that keeps clear of an error of its
+own; kernels that fill the registers then spill up to 2 KB. The older one (CUDA 12.9), which Triton brings for GPUs
+before Hopper, has neither the error nor these spills.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from triton import knobs
+from triton.runtime import driver
+
+_HOPPER = 90
+_FIRST_WITH_SPILLS = 13
+"""CUDA's version."""
+_CHOICE, _VARIABLE = "ptxas_blackwell", "TRITON_PTXAS_BLACKWELL_PATH"
+
+
+class _Thread(threading.local):
+    """Whether the thread compiles one of our kernels; others may compile theirs beside it."""
+
+    takes_older = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def older_assembler() -> Iterator[dict[str, int]]:
+    """Within it this thread assembles with the older one, where Triton would take the newer one for the current GPU.
+
+    Yields:
+        Compiler options: kernels come as PTX of a version that the older one reads, and the cache tells them apart.
+    """
+    ptx_version = None if knobs.runtime.interpret else _ptx_version_of_older()
+    if ptx_version is None or _has_been_chosen() or driver.active.get_current_target().arch != _HOPPER:
+        yield {}
+        return
+    before, _thread.takes_older = _thread.takes_older, True
+    try:
+        yield {"ptx_version": ptx_version}
+    finally:
+        _thread.takes_older = before
+
+
+def _has_been_chosen() -> bool:
+    """Whether somebody has said which one to take."""
+    return bool(os.environ.get(_VARIABLE)) or _CHOICE in vars(knobs.nvidia)
+
+
+@lru_cache(maxsize=1)
+def _ptx_version_of_older() -> int | None:
+    """As Triton writes it (88 is 8.8), and from now on the thread decides; None if Triton has no other to choose."""
+    try:
+        from triton.backends.nvidia import compiler  # not there in a Triton for AMD's GPUs alone
+
+        triton: Any = compiler
+        take, older = triton.get_ptxas, knobs.nvidia.ptxas
+        if older.path == take(_HOPPER).path or int(older.version.split(".")[0]) >= _FIRST_WITH_SPILLS:
+            return None
+        # Part of the key of every kernel in the cache, and asked for once: it must not depend on who is the first.
+        triton.get_ptxas_version(_HOPPER)
+        ptx_version = triton.ptx_get_version(older.version)
+    except (AttributeError, ImportError, RuntimeError):  # a Triton that has done away with it
+        return None
+    triton.get_ptxas = lambda arch: knobs.nvidia.ptxas if _thread.takes_older and arch == _HOPPER else take(arch)
+    return ptx_version

@@ -40,7 +40,7 @@ def older_assembler() -> Iterator[dict[str, int]]:
         Compiler options: kernels come as PTX of a version that the older one reads, and the cache tells them apart.
     """
     ptx_version = None if knobs.runtime.interpret else _ptx_version_of_older()
-    if ptx_version is None or _has_been_chosen() or driver.active.get_current_target().arch != _HOPPER:
+    if ptx_version is None or _has_been_chosen() or not _is_for_hopper():
         yield {}
         return
     before, _thread.takes_older = _thread.takes_older, True
@@ -48,6 +48,11 @@ def older_assembler() -> Iterator[dict[str, int]]:
         yield {"ptx_version": ptx_version}
     finally:
         _thread.takes_older = before
+
+
+def _is_for_hopper() -> bool:
+    target: Any = driver.active.get_current_target()
+    return target.arch == _HOPPER
 
 
 def _has_been_chosen() -> bool:

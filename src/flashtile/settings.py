@@ -6,6 +6,7 @@
 | ``FLASHTILE_STRICT`` | ``0`` or ``1`` | with ``1``, falling back to the naive formula is an error |
 | ``FLASHTILE_CHECK_VALUES`` | ``0`` or ``1`` | with ``1``, tensor values on a GPU are checked too; it synchronises |
 | ``TRITON_INTERPRET`` | ``0`` or ``1`` | Triton's own: with ``1`` its kernels are interpreted, on CPU tensors too |
+| ``TRITON_PTXAS_BLACKWELL_PATH`` | a path | Triton's own: the assembler for Hopper GPUs; else we choose |
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def checks_values_on_gpu() -> bool:
 def interprets_triton() -> bool:
     """Whether Triton interprets kernels in Python instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def names_assembler() -> bool:
+    """Whether Triton has been told which assembler to take for Hopper GPUs."""
+    return bool(os.environ.get("TRITON_PTXAS_BLACKWELL_PATH"))
 
 
 def _flag(name: str) -> bool:

@@ -7,7 +7,6 @@ before Hopper, has neither the error nor these spills.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,13 @@ from typing import Any
 from triton import knobs
 from triton.runtime import driver
 
+from flashtile import settings
+
 _HOPPER = 90
 _FIRST_WITH_SPILLS = 13
 """CUDA's version."""
-_CHOICE, _VARIABLE = "ptxas_blackwell", "TRITON_PTXAS_BLACKWELL_PATH"
+_CHOICE = "ptxas_blackwell"
+"""Triton's name of the choice, among its knobs."""
 
 
 class _Thread(threading.local):
@@ -57,7 +59,7 @@ def _is_for_hopper() -> bool:
 
 def _has_been_chosen() -> bool:
     """Whether somebody has said which one to take."""
-    return bool(os.environ.get(_VARIABLE)) or _CHOICE in vars(knobs.nvidia)
+    return settings.names_assembler() or _CHOICE in vars(knobs.nvidia)
 
 
 @lru_cache(maxsize=1)

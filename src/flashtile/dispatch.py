@@ -54,7 +54,7 @@ def resolved(backend: str) -> str:
 
 def check_fallback(plan: Plan, backend: str) -> None:
     """Raises FallbackRefused if strict mode is on and ``auto`` has fallen back to the naive formula."""
-    if plan.backend == "naive" and backend == "auto" and settings.is_strict():
+    if plan.backend == "naive" and resolved(backend) == "auto" and settings.is_strict():
         raise FallbackRefused(
             "FLASHTILE_STRICT=1 refuses the fallback to the naive formula. The other backends decline because:",
             dict(plan.rejected),

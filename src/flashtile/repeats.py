@@ -110,6 +110,6 @@ def run(known: Known, q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[
     """(out, lse), straight from the kernels."""
     if known.again is not None and not known.records:
         return known.again(q, k, v, *_dense_options(call))
-    dispatch.check_fallback(known.prepared.plan, dispatch.resolved(backend))
+    dispatch.check_fallback(known.prepared.plan, backend)
     operands = Operands(q=q, k=k, v=v, **{name: call[name] for name in _TENSORS if name in call})
     return ops.record(known, operands) if known.records else known.forward(operands)

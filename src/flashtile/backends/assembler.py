@@ -41,7 +41,7 @@ def older_assembler() -> Iterator[dict[str, int]]:
     Yields:
         Compiler options: kernels come as PTX of a version that the older one reads, and the cache tells them apart.
     """
-    ptx_version = None if knobs.runtime.interpret else _ptx_version_of_older()
+    ptx_version = None if settings.interprets_triton() else _let_threads_choose()
     if ptx_version is None or _has_been_chosen() or not _is_for_hopper():
         yield {}
         return
@@ -63,19 +63,23 @@ def _has_been_chosen() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _ptx_version_of_older() -> int | None:
-    """As Triton writes it (88 is 8.8), and from now on the thread decides; None if Triton has no other to choose."""
+def _let_threads_choose() -> int | None:
+    """Has Triton ask the thread from now on.
+
+    Returns:
+        The newest PTX that the older one reads, as Triton writes it (88 is 8.8); None if there is nothing to choose.
+    """
     try:
         from triton.backends.nvidia import compiler  # not there in a Triton for AMD's GPUs alone
 
-        triton: Any = compiler
-        take, older = triton.get_ptxas, knobs.nvidia.ptxas
+        nvidia: Any = compiler
+        take, older = nvidia.get_ptxas, knobs.nvidia.ptxas
         if older.path == take(_HOPPER).path or int(older.version.split(".")[0]) >= _FIRST_WITH_SPILLS:
             return None
         # Part of the key of every kernel in the cache, and asked for once: it must not depend on who is the first.
-        triton.get_ptxas_version(_HOPPER)
-        ptx_version = triton.ptx_get_version(older.version)
+        nvidia.get_ptxas_version(_HOPPER)
+        ptx_version = nvidia.ptx_get_version(older.version)
     except (AttributeError, ImportError, RuntimeError):  # a Triton that has done away with it
         return None
-    triton.get_ptxas = lambda arch: knobs.nvidia.ptxas if _thread.takes_older and arch == _HOPPER else take(arch)
+    nvidia.get_ptxas = lambda arch: knobs.nvidia.ptxas if _thread.takes_older and arch == _HOPPER else take(arch)
     return ptx_version

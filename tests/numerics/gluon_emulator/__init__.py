@@ -202,7 +202,7 @@ def install() -> None:
         "tma": tma,
     }
     _module("triton", **plain_names, cdiv=lambda a, b: -(-a // b), __file__=__file__)
-    _module("triton.knobs", runtime=types.SimpleNamespace(interpret=True))
+    _module("triton.knobs")
     _module("triton.runtime", driver=None)
     _module("triton.runtime.cache")
     _module("triton.language", **_language())

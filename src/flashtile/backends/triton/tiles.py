@@ -261,7 +261,7 @@ _SPECIAL: dict[tuple[str, str, int, int], dict[str, Row]] = {
 """Better rows for problems that are special in one way (``special_case``): kernels that do less have registers left."""
 
 NEWER = (3, 9)
-"""The first Triton that has ptxas allocate registers in another way, and keeps a bias or mask in them."""
+"""The first Triton that keeps a bias or mask of the dK/dV kernel in registers."""
 
 _NEWER: dict[tuple[str, str, int, int], dict[str, Row]] = {
     ("sm_90", "backward_kv", 2, 128): dict.fromkeys(("bias", "mask", "alibi"), (64, 128, 8, 2)),

@@ -147,6 +147,17 @@ def further_shares() -> Iterator[CallSpec]:
     yield replace(spec, lengths_q=lengths_q, lengths_kv=lengths_kv, is_packed=True, unused_length=90, window=(33, 20))
 
 
+def first_rows() -> Iterator[CallSpec]:
+    """Backward calls some of whose first rows see keys of the first tile alone: their d_q is stored, not added."""
+    for head_dim in (64, 128, 256):
+        spec = wide(head_dim, lengths_q=(200,) * 2, lengths_kv=(200,) * 2, heads_kv=1, heads_per_kv=2)
+        yield replace(spec, causal=True)
+        yield replace(spec, lengths_q=(150,) * 2, causal=True, has_sinks=True)
+        yield replace(spec, lengths_q=(330,) * 2, causal=True)
+        yield replace(spec, window=(20, 3))
+        yield replace(spec, lengths_kv=(60,) * 2)
+
+
 SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "edges": edges,
     "turns": turns,
@@ -158,6 +169,7 @@ SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "gradients": gradients,
     "two loops": gradients,
     "further shares": further_shares,
+    "first rows": first_rows,
 }
 MISTAKES: dict[str, dict[str, Any]] = {
     "sums are not rescaled": {"rescaled_if_needed": lambda acc, _rescale: acc},
@@ -172,6 +184,9 @@ MISTAKES: dict[str, dict[str, Any]] = {
     },
     "Q is given back while it is multiplied": {
         "release_previous": lambda channel, step: backward.release(channel, step)
+    },
+    "a tile too many is stored": {
+        "num_stored_rows": lambda problem, tiles: (plan.num_stored_rows(problem, tiles) or 0) + tiles.block_q
     },
     "the counter is not set back": {
         "next_share": lambda schedule: (
@@ -255,7 +270,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gluon_emulator.Program.pauses = gluon_emulator.Pauses(LONGEST_PAUSE_S, seed=chosen.seed)
     for name, wrong in MISTAKES.get(chosen.mistake, {}).items():
-        for module in (forward, backward, backward_narrow):
+        for module in (forward, backward, backward_narrow, launch):
             if hasattr(module, name):
                 setattr(module, name, wrong)
     failures, fewest_keys = 0, (plan.FEWEST_KEYS, plan.FEWEST_KEYS_PER_QUERY)
@@ -265,7 +280,7 @@ def main() -> None:
             run(
                 spec,
                 num_sms,
-                has_gradients=SETS[name] in (gradients, further_shares),
+                has_gradients=SETS[name] in (gradients, further_shares, first_rows),
                 has_two_loops=name == "two loops",
             )
         except AssertionError as error:

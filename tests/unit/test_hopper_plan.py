@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import flashtile
 from flashtile import UnsupportedProblem, dispatch
 from flashtile.backends import gpu
 from flashtile.backends.hopper import constants, plan
-from flashtile.spec import devices, sizes
+from flashtile.spec import devices, masks, sizes
 from flashtile.spec.devices import DEVICES
 from flashtile.spec.problem import AttentionProblem
 
@@ -479,6 +481,60 @@ def test_the_backward_ends_with_heads_that_give_every_multiprocessor_a_tile(batc
     assert together == 2 * batch or together * num_kv_tiles >= H200.num_sms
     assert together == 1 or (together - 1) * num_kv_tiles < H200.num_sms
     assert plan.heads_together(posed(batch=batch), num_kv_tiles, H200) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seqlen_q=st.integers(1, 400),
+    seqlen_kv=st.integers(1, 400),
+    window=st.tuples(*[st.one_of(st.none(), st.integers(0, 300))] * 2),
+    is_causal=st.booleans(),
+    head_dim=st.sampled_from([64, 128, 256]),
+)
+def test_rows_whose_gradient_is_stored_belong_to_the_first_tile_of_keys(
+    seqlen_q: int, seqlen_kv: int, window: tuple[int | None, int | None], is_causal: bool, head_dim: int
+) -> None:
+    """Each tile of them is visited with that tile of keys, and with no other."""
+    problem = posed(seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, window=window, causal=is_causal, head_dim=head_dim)
+    tiles = plan.plan(problem, H200).backward.tiles
+    assert isinstance(tiles, plan.BackwardTiles)
+    num_rows = plan.num_stored_rows(problem, tiles)
+    assert (num_rows is not None) == tiles.stores_first_rows
+    for key_tile in range(-(-seqlen_kv // tiles.block_kv)):
+        begin = key_tile * tiles.block_kv
+        visited = masks.q_tiles(
+            problem.mask,
+            seqlen_q=seqlen_q,
+            seqlen_kv=seqlen_kv,
+            kv_begin=begin,
+            kv_end=min(begin + tiles.block_kv, seqlen_kv),
+            block_q=tiles.block_q,
+        )
+        for tile_idx in range(-(-min(num_rows or 0, seqlen_q) // tiles.block_q)):
+            assert (visited.begin <= tile_idx < visited.end) == (key_tile == 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"head_dim": 64}, None),
+        ({"head_dim": 64, "causal": True}, 128),
+        ({"causal": True, "seqlen_q": 512}, 128),
+        ({"causal": True, "seqlen_q": 513}, None),
+        ({"head_dim": 256}, 0),
+        ({"head_dim": 256, "causal": True}, 64),
+        ({"head_dim": 256, "seqlen_kv": 64}, 1024),
+        ({"head_dim": 256, "causal": True, "seqlen_kv": 1023}, 0),
+        ({"head_dim": 64, "causal": True, "seqlen_kv": 1025}, 64),
+        ({"head_dim": 64, "window": (0, 70)}, 0),
+        ({"head_dim": 64, "window": (0, 64)}, 64),
+    ],
+)
+def test_how_many_rows_are_stored(changes: dict[str, Any], expected: int | None) -> None:
+    problem = posed(**changes)
+    tiles = plan.plan(problem, H200).backward.tiles
+    assert isinstance(tiles, plan.BackwardTiles)
+    assert plan.num_stored_rows(problem, tiles) == expected
 
 
 # --- shared memory ----------------------------------------------------------------------------------------------------

@@ -69,6 +69,10 @@ def inline_asm(
     if named := re.fullmatch(r"bar\.(sync|arrive) (\d+), 256; mov\.b32 \$0, \$1;", asm):
         (take_turn if named[1] == "sync" else pass_turn)(int(named[2]))
         return None
+    if "@stored st.global" in asm:
+        pointers, numbers, is_stored = args
+        (store if is_stored else add)(pointers, numbers)
+        return None
     if "red.relaxed.gpu.global.add" in asm:
         add(*args[:2], *(each != 0 for each in args[2:]))
         return None

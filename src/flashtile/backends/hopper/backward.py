@@ -59,8 +59,8 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     warpgroup_mma_wait,
     zeros,
 )
-from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
-from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
+from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout
+from flashtile.backends.hopper.primitives.masking import is_causal, is_full, q_tiles
 from flashtile.backends.hopper.primitives.tiles import store_rows
 from flashtile.backends.hopper.primitives.turns import first_turn, pass_turn, take_turn
 
@@ -69,18 +69,17 @@ NUM_D_S_SLOTS = gl.constexpr(4)
 
 
 class Block(NamedTuple):
-    """64 keys: their tiles of K and V, positions, and what every step of theirs needs."""
+    """64 keys from ``kv_begin`` on: their tiles of K and V, and what every step of theirs needs."""
 
     work: Any
     k: Any
     v: Any
-    kv_pos: Any
-    q_idx: Any
+    kv_begin: Any
     d_s: Any
     sums: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "num_stored_rows", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward(
     q_desc,
     k_desc,
@@ -101,6 +100,7 @@ def attention_backward(
     counter,
     seqlen_q,
     seqlen_kv,
+    num_stored_rows,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     NUM_STAGES: gl.constexpr,
@@ -133,7 +133,7 @@ def attention_backward(
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     targets = (d_k_matrix, d_v_matrix, scale)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
-    sums = Sums(d_q_sums, num_sum_blocks)
+    sums = Sums(d_q_sums, num_sum_blocks, num_stored_rows)
     gl.warp_specialize(
         [
             (gradients, (0, call, channels, d_s, sums, targets, HEAD_DIM, HEAD_DIM_V)),
@@ -168,8 +168,6 @@ def gradients(
     work = only_work(call, BLOCK_KV)
     sequence = work.sequence
     own_begin = work.kv_begin + part * ROWS
-    kv_pos = own_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
-    q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
     own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
     has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
@@ -182,10 +180,12 @@ def gradients(
     first_turn(part, NUM_CONSUMERS)
     send(d_s, part, no_s.to(dtype))  # d_q is a step behind: before the first one it adds 0
 
-    block = Block(work, k, v, kv_pos, q_idx, d_s, sums)
+    block = Block(work, k, v, own_begin, d_s, sums)
     for step in range(work.num_steps):
         tile_idx, _head_idx = tile_and_head(work, call, step)
         is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
+        if is_causal(call.rules.window):  # rows behind the end need no mask: one register less
+            is_masked = not ((tile_idx >= tiles.full_begin) & has_all_keys)
         d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
 
     if work.num_steps > 0:
@@ -224,7 +224,7 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
     lse_log2 = row_numbers(channels.lse_log2, step, cols_of(S))
     s_t = warpgroup_mma_wait(1, deps=[s_token])
     pass_turn(1 - part)
-    s_t, capped_t = scores.scored(s_t, head, q_begin + block.q_idx, block.kv_pos, is_masked)
+    s_t, capped_t = scores.scored_by_key(s_t, head, q_begin, block.kv_begin, is_masked)
     p_t = scores.probabilities(s_t, scores.unit_log2(call.rules), lse_log2)
     p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
     delta = row_numbers(channels.delta, step, cols_of(S))

@@ -45,7 +45,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
     warpgroup_mma_wait,
     zeros,
 )
-from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
+from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.scheduling import END, make_share_channel, receive_index
 from flashtile.backends.hopper.primitives.tiles import store_rows
@@ -56,17 +56,16 @@ NUM_D_S_SLOTS = gl.constexpr(4)
 
 
 class Block(NamedTuple):
-    """64 keys: K and V in registers, positions, and where their dS goes."""
+    """64 keys from ``kv_begin`` on: K and V in registers, and where their dS goes."""
 
     work: Any
     k: Any
     v: Any
-    kv_pos: Any
-    q_idx: Any
+    kv_begin: Any
     d_s: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "num_stored_rows", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward_narrow(
     q_desc,
     k_desc,
@@ -87,6 +86,7 @@ def attention_backward_narrow(
     counter,
     seqlen_q,
     seqlen_kv,
+    num_stored_rows,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     NUM_STAGES: gl.constexpr,
@@ -121,7 +121,7 @@ def attention_backward_narrow(
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     targets = (d_k_matrix, d_v_matrix, scale)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
-    sums = Sums(d_q_sums, num_sum_blocks)
+    sums = Sums(d_q_sums, num_sum_blocks, num_stored_rows)
     gl.warp_specialize(
         [
             (gradients, (0, call, channels, d_s, targets, HEAD_DIM, HEAD_DIM_V, TWO_LOOPS)),
@@ -149,7 +149,6 @@ def gradients(
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     dtype: gl.constexpr = channels.q.tiles.dtype
-    S: gl.constexpr = product_layout(ROWS)
 
     first_turn(part, NUM_CONSUMERS)
     turn, first_step, num_before = 0, 0, 0
@@ -158,8 +157,6 @@ def gradients(
         work = find_work(call, share_idx, first_step, num_before, BLOCK_KV)
         sequence = work.sequence
         own_begin = work.kv_begin + part * ROWS
-        kv_pos = own_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
-        q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
         own_end = gl.minimum(own_begin + ROWS, sequence.seqlen_kv)
         tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, own_begin, own_end, ROWS)
         has_all_keys = own_begin + ROWS <= sequence.seqlen_kv
@@ -172,7 +169,7 @@ def gradients(
         if work.num_steps > 0:
             mbarrier.arrive(channels.kv_empty.index(0), count=1)
 
-        block = Block(work, k, v, kv_pos, q_idx, d_s)
+        block = Block(work, k, v, own_begin, d_s)
         d_k, d_v = add_steps(block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
 
         d_k_matrix, d_v_matrix, scale = targets
@@ -246,7 +243,7 @@ def add_step(block, call, channels, d_k, d_v, step, is_masked, part: gl.constexp
     d_p_token = warpgroup_mma(block.v, d_out.permute((1, 0)), no_s, use_acc=False, is_async=True)
     s_t = warpgroup_mma_wait(1, deps=[s_token])
     pass_turn(1 - part)
-    s_t, capped_t = scores.scored(s_t, head, tile_idx * ROWS + block.q_idx, block.kv_pos, is_masked)
+    s_t, capped_t = scores.scored_by_key(s_t, head, tile_idx * ROWS, block.kv_begin, is_masked)
     p_t = scores.probabilities(s_t, scores.unit_log2(call.rules), lse_log2)
     p_operand = gl.convert_layout(p_t.to(dtype), operand_layout(BLOCK_DV))  # rounded for the product with d_out
     delta = row_numbers(channels.delta, at, cols_of(S))

@@ -313,7 +313,8 @@ def add_d_q(sums, d_q, call, work, tile_idx, head_idx, COL: gl.constexpr, BLOCK_
     """Adds a product, the columns of a tile of d_q from COL on, to the sums in memory.
 
     These lie as a product does in registers (see ``statistics``), so that a warp adds 512 bytes in a row. Blocks
-    behind the end of a sequence belong to the next one.
+    behind the end of a sequence belong to the next one. Where a program is the only one that has a tile's d_q, it is
+    stored: no zeros were written there (``plan.num_stored_rows``).
     """
     NUM_ROWS: gl.constexpr = d_q.shape[0]
     NUM_COLS: gl.constexpr = d_q.shape[1]
@@ -327,7 +328,19 @@ def add_d_q(sums, d_q, call, work, tile_idx, head_idx, COL: gl.constexpr, BLOCK_
     block_idx = gl.expand_dims(gl.arange(0, NUM_BLOCKS, rows_of(layout)), 1)
     places = sums.ptr + (first + SUM_ROWS * COL) + block_idx * BLOCK_SIZE
     places += gl.expand_dims(gl.arange(0, SUM_ROWS * NUM_COLS, cols_of(layout)), 0)
-    if call.sequences.cu_seqlens_q is None:
+    if sums.num_stored_rows is not None:
+        is_stored = (work.kv_begin == 0) & (tile_idx * NUM_ROWS < sums.num_stored_rows)
+        inline_asm(
+            """{ .reg .pred stored; setp.ne.b32 stored, $9, 0;
+            @stored st.global.v4.f32 [$1], {$5, $6, $7, $8};
+            @!stored red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }""",
+            "=r,l,l,l,l,r,r,r,r,r,r,r,r",
+            [places.to(gl.int64, bitcast=True), in_order, gl.where(is_stored, 1, 0)],
+            dtype=gl.int8,
+            is_pure=False,
+            pack=4,
+        )
+    elif call.sequences.cu_seqlens_q is None:
         inline_asm(
             "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0;",
             "=r,l,l,l,l,r,r,r,r",

@@ -45,7 +45,7 @@ from flashtile.backends.hopper.primitives.channel import (
     slot_to_fill,
 )
 from flashtile.backends.hopper.primitives.gluon_compat import jit, warpgroup_mma, warpgroup_mma_wait, zeros
-from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout, rows_of
+from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout
 from flashtile.backends.hopper.primitives.masking import is_full
 from flashtile.backends.hopper.primitives.tiles import store_rows
 
@@ -57,7 +57,7 @@ class Exchange(NamedTuple):
     d_s: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(do_not_specialize=["num_sum_blocks", "num_stored_rows", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
 def attention_backward_wide(
     q_desc,
     k_desc,
@@ -78,6 +78,7 @@ def attention_backward_wide(
     counter,
     seqlen_q,
     seqlen_kv,
+    num_stored_rows,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     NUM_STAGES: gl.constexpr,
@@ -109,7 +110,7 @@ def attention_backward_wide(
     order = Order(gl.cdiv(seqlen_kv, ROWS), num_heads, heads_together, counter)
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
-    sums = Sums(d_q_sums, num_sum_blocks)
+    sums = Sums(d_q_sums, num_sum_blocks, num_stored_rows)
     gl.warp_specialize(
         [
             (values, (call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V)),
@@ -132,8 +133,6 @@ def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr)
     work = only_work(call, ROWS)
     sequence = work.sequence
     num_keys = sequence.seqlen_kv - work.kv_begin
-    kv_pos = work.kv_begin + gl.expand_dims(gl.arange(0, ROWS, rows_of(S)), 1)
-    q_idx = gl.expand_dims(gl.arange(0, ROWS, cols_of(S)), 0)
     unit_log2 = scores.unit_log2(call.rules)
     d_v = zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
     no_s = zeros([ROWS, ROWS], gl.float32, S)
@@ -154,7 +153,7 @@ def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr)
         s_t = warpgroup_mma_wait(0, deps=[s_token])
         release(channels.q, step)
         is_masked = not (is_full(work.tiles, tile_idx) & (num_keys >= ROWS))
-        s_t, _capped = scores.scored(s_t, head, q_begin + q_idx, kv_pos, is_masked)
+        s_t, _capped = scores.scored_by_key(s_t, head, q_begin, work.kv_begin, is_masked)
         p_t = scores.probabilities(s_t, unit_log2, lse_log2)
         p_t = p_t.to(dtype)  # rounded for the product with d_out, and for its way to the other consumer
         slot_to_fill(exchange.p, step).store(p_t)

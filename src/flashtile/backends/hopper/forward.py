@@ -279,7 +279,7 @@ def softmax_and_pv(
         is_masked = not is_full(tiles, last)
         if IN_TURN and is_unlimited(call.rules.window):  # a branch costs more there than masks that hide nothing
             is_masked = True
-        s, _capped = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, is_masked)
+        s = scores.scored(s, head, block.q_pos, last * BLOCK_KV + kv_idx, is_masked)
         no_max = thread_sums(no_s) - INF
         p, max_log2, _rescale = softmax_step(s, no_max, scores.unit_log2(call.rules))
         p_operand = gl.convert_layout(p.to(dtype), P)  # rounded for the product with V
@@ -338,7 +338,7 @@ def attend(block, sums, tile_idx, step, is_masked, part: gl.constexpr, next_part
     s = warpgroup_mma_wait(1, deps=[s_token])
     release(block.k, step)
     release_q(block, tile_idx)
-    s, _capped = scores.scored(s, block.head, block.q_pos, tile_idx * BLOCK_KV + block.kv_idx, is_masked)
+    s = scores.scored(s, block.head, block.q_pos, tile_idx * BLOCK_KV + block.kv_idx, is_masked)
     p, max_log2, rescale = softmax_step(s, sums.max_log2, scores.unit_log2(block.head.rules))
     row_sums = sums.row_sums * rescale + thread_sums(p)
     acc = warpgroup_mma_wait(0, deps=[acc_token])

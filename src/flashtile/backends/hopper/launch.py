@@ -29,6 +29,7 @@ from flashtile.backends.hopper.plan import (
     heads_together,
     num_q_slots,
     num_shares,
+    num_stored_rows,
     order_of_heads,
     out_columns,
     takes_further_shares,
@@ -329,10 +330,15 @@ def _made_by_backward(problem: AttentionProblem, plan: Plan, device: torch.devic
     return lambda: tuple(make() for make in makers)
 
 
-def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
-    """Fills d_k and d_v, and adds d_q up."""
+def _backward_tiles_of(plan: Plan) -> BackwardTiles:
     tiles = plan.backward.tiles
     assert isinstance(tiles, BackwardTiles), "the planner of this backend makes these"
+    return tiles
+
+
+def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
+    """Fills d_k and d_v, and adds d_q up."""
+    tiles = _backward_tiles_of(plan)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
         operands, (_out, d_out, _lse, _d_lse, lse_log2, delta, d_q_sums, counter, _d_q, d_k, d_v) = operands_of(tensors)
@@ -358,6 +364,7 @@ def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan:
             counter,
             problem.seqlen_q,
             problem.seqlen_kv,
+            num_stored_rows(problem, tiles),
         )
 
     kernel, constants = _BACKWARD[plan.backward.kernel]
@@ -377,7 +384,8 @@ def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan:
 
 
 def _launch_row_statistics(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
-    """Fills lse_log2 and delta, and sets the sums of d_q to 0, and the counter of shares if there is one."""
+    """Fills lse_log2 and delta, and sets to 0 the sums of d_q that are added to, and the counter of shares."""
+    tiles = _backward_tiles_of(plan)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
         operands, (out, d_out, lse, d_lse, lse_log2, delta, d_q_sums, counter, *_) = operands_of(tensors)
@@ -392,6 +400,7 @@ def _launch_row_statistics(problem: AttentionProblem, tensors: tuple[Any, ...], 
             delta.shape[-1],
             d_q_sums,
             d_q_sums.shape[1],
+            num_stored_rows(problem, tiles),
             counter,
             operands.cu_seqlens_q,
             problem.heads_q,
@@ -402,7 +411,7 @@ def _launch_row_statistics(problem: AttentionProblem, tensors: tuple[Any, ...], 
     block_rows = max(SUM_ROWS, min(STATISTICS_ROWS, 4096 // width_v))
     num_blocks = -(-problem.seqlen_q // STATISTICS_ROWS) * (STATISTICS_ROWS // block_rows)
     return _ROW_STATISTICS(
-        problem,
+        (problem, tiles),
         (num_blocks * problem.heads_q * problem.batch,),
         tensors,
         kernel_arguments,

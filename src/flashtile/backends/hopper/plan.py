@@ -60,6 +60,8 @@ class BackwardTiles(TileConfig):
     """Slots for tiles of Q, and of d_out."""
     has_two_loops: bool = False
     """Whether tiles that are visible everywhere have a loop without masks; more code, which short calls pay for."""
+    stores_first_rows: bool = False
+    """Whether d_q of rows that see one tile of keys is stored, not added to zeros; more code in the loop."""
 
 
 _SHORT_FULL = ForwardTiles(block_q=128, block_kv=128, num_stages=3, is_in_turn=True)
@@ -82,13 +84,13 @@ _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
 
 _NARROW_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=3)
 _MIDDLE_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=2)
-_WIDE_BACKWARD = BackwardTiles(block_q=64, block_kv=64, num_stages=2)
+_WIDE_BACKWARD = BackwardTiles(block_q=64, block_kv=64, num_stages=2, stores_first_rows=True)
 
 _BACKWARD: dict[tuple[str, bool], tuple[tuple[int, BackwardTiles], ...]] = {
     ("backward_narrow", False): ((1024, _NARROW_BACKWARD), (LONGEST, replace(_NARROW_BACKWARD, has_two_loops=True))),
-    ("backward_narrow", True): ((LONGEST, _NARROW_BACKWARD),),
+    ("backward_narrow", True): ((LONGEST, replace(_NARROW_BACKWARD, stores_first_rows=True)),),
     ("backward", False): ((LONGEST, _MIDDLE_BACKWARD),),
-    ("backward", True): ((LONGEST, _MIDDLE_BACKWARD),),
+    ("backward", True): ((512, replace(_MIDDLE_BACKWARD, stores_first_rows=True)), (LONGEST, _MIDDLE_BACKWARD)),
     ("backward_wide", False): ((LONGEST, _WIDE_BACKWARD),),
     ("backward_wide", True): ((LONGEST, _WIDE_BACKWARD),),
 }
@@ -234,6 +236,26 @@ def backward_kernel(problem: AttentionProblem) -> str:
     if width <= 64 and not problem.softcap:
         return "backward_narrow"
     return "backward" if width <= 128 else "backward_wide"
+
+
+def num_stored_rows(problem: AttentionProblem, tiles: BackwardTiles) -> int | None:
+    """How many rows of queries, from the first one on, see keys of the first tile alone: whole tiles of them.
+
+    The program of that tile is the only one that has their d_q, and visits them all. ``None`` where it adds d_q as the
+    others do: by the tile tables, and for packed sequences, each of which would have a number of its own.
+    """
+    if not tiles.stores_first_rows or problem.layout == "varlen":
+        return None
+    offset, left, right = problem.seqlen_kv - problem.seqlen_q, problem.mask.left, problem.mask.right
+    if right is None:
+        num_rows = problem.seqlen_q if problem.seqlen_kv <= tiles.block_kv else 0
+    elif offset + right < 0:  # the first rows see nothing, and nobody visits them
+        num_rows = 0
+    else:
+        num_rows = max(0, tiles.block_kv - offset - right) // ROWS * ROWS
+    if left is not None:  # nor those that are so far behind the first tile
+        num_rows = min(num_rows, max(0, min(tiles.block_kv, problem.seqlen_kv) - offset + left))
+    return num_rows
 
 
 def takes_further_shares(kernel: str) -> bool:

@@ -17,7 +17,7 @@ STATISTICS_ROWS = tl.constexpr(constants.STATISTICS_ROWS)
 SUM_ROWS = tl.constexpr(constants.SUM_ROWS)
 
 
-@triton.jit(do_not_specialize=["lse_length", "length", "num_sum_blocks", "seqlen_q"])
+@triton.jit(do_not_specialize=["lse_length", "length", "num_sum_blocks", "num_stored_rows", "seqlen_q"])
 def attention_row_statistics(
     out,
     d_out,
@@ -29,6 +29,7 @@ def attention_row_statistics(
     length,
     d_q_sums,
     num_sum_blocks,
+    num_stored_rows,
     counter,
     cu_seqlens_q,
     num_heads,
@@ -38,7 +39,7 @@ def attention_row_statistics(
     BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """BLOCK_ROWS rows of one head: their numbers, and zeros for the sums of d_q; one for the counter of shares.
+    """BLOCK_ROWS rows of one head: their numbers, and zeros for sums that are added to; one for the counter of shares.
 
     lse and d_lse are contiguous [batch, heads, lse_length], lse_log2 and delta [batch, heads, length]; packed ones
     have no batch axis. Rows beyond a sequence get delta 0 and lse_log2 +inf, so p is 0.
@@ -76,7 +77,10 @@ def attention_row_statistics(
 
     first_sum = _first_sum(line, num_sum_blocks, cu_seqlens_q, batch_idx, first_row, BLOCK_D)
     place = tl.cast(begin, tl.int64) * BLOCK_D + tl.arange(0, BLOCK_ROWS * BLOCK_D)
-    tl.store(d_q_sums + first_sum + place, 0.0, mask=place < tl.cdiv(seqlen_q, SUM_ROWS) * SUM_ROWS * BLOCK_D)
+    is_added_to = place < tl.cdiv(seqlen_q, SUM_ROWS) * SUM_ROWS * BLOCK_D
+    if num_stored_rows is not None:
+        is_added_to &= place >= tl.cast(num_stored_rows, tl.int64) * BLOCK_D
+    tl.store(d_q_sums + first_sum + place, 0.0, mask=is_added_to)
     if counter is not None:
         tl.store(counter, 0, mask=program_idx == 0)
 

@@ -40,6 +40,8 @@ class Sums(NamedTuple):
 
     ptr: Any
     num_blocks: Any
+    num_stored_rows: Any
+    """How many of the first rows see only keys of the first tile, whose d_q is stored and not added; or ``None``."""
 
 
 @jit

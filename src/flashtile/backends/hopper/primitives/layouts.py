@@ -63,6 +63,15 @@ def cols_of(layout):
 
 
 @constexpr_function
+def axis_of(layout, axis):
+    """Of numbers along one axis of a tile with four."""
+    for other in (3, 2, 1, 0):
+        if other != axis:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@constexpr_function
 def threads_of(layout):
     """Of one number per row and thread, for a tile whose axes are rows, groups of columns, threads and neighbours."""
     return gl.SliceLayout(1, gl.SliceLayout(3, layout))

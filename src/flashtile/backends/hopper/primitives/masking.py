@@ -6,7 +6,20 @@ from typing import Any, NamedTuple
 
 from triton.experimental.gluon import language as gl
 
-from flashtile.backends.hopper.primitives.gluon_compat import jit
+from flashtile.backends.hopper.primitives.gluon_compat import jit, static_range
+from flashtile.backends.hopper.primitives.layouts import axis_of
+
+
+class Place(NamedTuple):
+    """Rows and columns of a product, as numbers that are added up: of the row, of the thread, and of what is in it.
+
+    A product [rows, columns] has the axes rows, groups of eight columns, threads and neighbours here. Which of a
+    thread's own columns it is is known when the kernel is compiled, and so takes no register.
+    """
+
+    row: Any
+    thread_col: Any
+    own_col: Any
 
 
 class TileRange(NamedTuple):
@@ -65,6 +78,12 @@ def is_unlimited(window):
 
 
 @jit
+def is_causal(window):
+    """Whether keys are hidden after a query alone, and none before it."""
+    return window.left is None and window.right is not None
+
+
+@jit
 def part_of(tiles, splits, split_idx):
     """The tiles of one part of those that a block visits: all without ``splits``, else at least one.
 
@@ -96,3 +115,43 @@ def is_visible(window, q_pos, kv_pos, seqlen_q, seqlen_kv):
     if window.left is not None:
         visible &= kv_pos >= aligned - window.left
     return visible
+
+
+@jit
+def is_visible_by_key(window, q_begin, kv_begin, seqlen_q, seqlen_kv, product):
+    """``is_visible`` for a product with keys as rows and queries as columns, in its layout.
+
+    Each key is seen by the queries from one on, up to another: two numbers of a row, with which columns are compared.
+    """
+    place = place_in(product)
+    offset = seqlen_kv - seqlen_q
+    kv_pos = kv_begin + place.row
+    exists = kv_pos < seqlen_kv
+    if window.right is not None:
+        first = gl.where(exists, kv_pos - offset - window.right - q_begin, product.shape[1])
+        visible = place.own_col >= first - place.thread_col
+    else:
+        visible = exists & (place.own_col + place.thread_col >= 0)
+    if window.left is not None:
+        visible &= place.own_col <= kv_pos - offset + window.left - q_begin - place.thread_col
+    return gl.convert_layout(visible.reshape(product.shape), product.type.layout)
+
+
+@jit
+def place_in(product):
+    """The place of each number of a product; see ``Place``."""
+    by_thread = product.reshape([product.shape[0], product.shape[1] // 8, 4, 2])
+    LAYOUT: gl.constexpr = by_thread.type.layout
+    row, group = along(0, product.shape[0], LAYOUT), along(1, product.shape[1] // 8, LAYOUT)
+    thread, neighbour = along(2, 4, LAYOUT), along(3, 2, LAYOUT)
+    return Place(row, thread * 2, group * 8 + neighbour)
+
+
+@jit
+def along(AXIS: gl.constexpr, NUM: gl.constexpr, LAYOUT: gl.constexpr):
+    """0, 1, .. along one of a tile's four axes."""
+    index = gl.arange(0, NUM, axis_of(LAYOUT, AXIS))
+    for axis in static_range(4):
+        if axis != AXIS:
+            index = gl.expand_dims(index, axis)
+    return index

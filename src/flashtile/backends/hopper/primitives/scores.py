@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper.primitives.gluon_compat import jit
-from flashtile.backends.hopper.primitives.masking import is_visible
+from flashtile.backends.hopper.primitives.masking import is_visible, is_visible_by_key, place_in
 from flashtile.backends.hopper.primitives.online_softmax import INF, LOG2_E
 
 
@@ -34,13 +34,43 @@ def unit_log2(rules):
 
 @jit
 def scored(product, head, q_pos, kv_pos, is_masked):
-    """(scores, tanh) of a tile of products; ``tanh`` is that of the softcap, which its gradient needs, or the product.
+    """The scores of a tile of products.
 
     Args:
         product: float32; ``q_pos`` and ``kv_pos`` broadcast to its shape.
         is_masked: whether the window hides pairs of the tile, or the sequence ends in it.
     """
-    rules, sequence = head.rules, head.sequence
+    sequence = head.sequence
+    s, _capped = capped_and_biased(product, head, q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos)
+    if is_masked:
+        s = gl.where(is_visible(head.rules.window, q_pos, kv_pos, sequence.seqlen_q, sequence.seqlen_kv), s, -INF)
+    return s
+
+
+@jit
+def scored_by_key(product, head, q_begin, kv_begin, is_masked):
+    """(scores, tanh) of a tile of products with keys as rows and queries as columns, from two positions on.
+
+    ``tanh`` is that of the softcap, which its gradient needs, or the product. The masks differ from those of ``scored``
+    in how they are computed: see ``Place``. In the forward that was no faster.
+    """
+    sequence = head.sequence
+    place = place_in(product)
+    first_gap = q_begin + (sequence.seqlen_kv - sequence.seqlen_q) - kv_begin
+    gap = (place.own_col + (place.thread_col - place.row + first_gap)).reshape(product.shape)
+    s, capped = capped_and_biased(product, head, gl.convert_layout(gap, product.type.layout))
+    if is_masked:
+        visible = is_visible_by_key(
+            head.rules.window, q_begin, kv_begin, sequence.seqlen_q, sequence.seqlen_kv, product
+        )
+        s = gl.where(visible, s, -INF)
+    return s, capped
+
+
+@jit
+def capped_and_biased(product, head, gap):
+    """(scores, tanh) without masks; ``gap`` is how far a query's last key is behind a key, for ALiBi."""
+    rules = head.rules
     s, capped, to_log2 = product, product, rules.scale_log2
     if rules.softcap is not None:
         capped = tanh(product * rules.softcap.scale_by_cap)
@@ -49,11 +79,8 @@ def scored(product, head, q_pos, kv_pos, is_masked):
         # Fused products are spelled out, for forward and backward to round alike: else all p add up to 1 + e.
         added = gl.zeros_like(s)
         if rules.alibi is not None:
-            distance = gl.abs((q_pos + (sequence.seqlen_kv - sequence.seqlen_q) - kv_pos).to(gl.float32))
-            added = -distance * head.slope_log2
+            added = -gl.abs(gap.to(gl.float32)) * head.slope_log2
         s = gl.fma(s, gl.to_tensor(to_log2), added)
-    if is_masked:
-        s = gl.where(is_visible(rules.window, q_pos, kv_pos, sequence.seqlen_q, sequence.seqlen_kv), s, -INF)
     return s, capped
 
 

@@ -272,7 +272,7 @@ def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[di
             "width": width,
             "width_v": width_v,
             "two_loops": getattr(planned.tiles, "has_two_loops", False),
-            "stores_first_rows": getattr(planned.tiles, "stores_first_rows", False),
+            "stores_first_rows": getattr(made.backward.tiles, "stores_first_rows", False),
             "planned_shared": planned.shared_memory_bytes,
             "seconds": found.seconds,
             "relaunch": found.can_be_relaunched,

@@ -14,12 +14,12 @@ from variants_process import NEWEST, as_table, check_memory, needs_newest, varia
 
 from flashtile.spec import devices
 
-MOST_SPILLED = 288
+MOST_SPILLED = 120
 """Bytes. Two rows spill more than 64, the causal backward for 128 and for 64: around their loops, which read few of
 them."""
-MOST_READ_IN_A_LOOP = 5
+MOST_READ_IN_A_LOOP = 7
 """Words of spilled registers at one step of a loop with products: each of an instruction among some 600."""
-MOST_SPILLED_WITH_OPTIONS = 1536
+MOST_SPILLED_WITH_OPTIONS = 1024
 """Bytes that rarer calls may spill."""
 MOST_BESIDE_TILES = 5 * 1024
 """Bytes of shared memory beyond the tiles that the planner counts: barriers, single numbers, and what tiles of results

@@ -184,7 +184,7 @@ def gradients(
     for step in range(work.num_steps):
         tile_idx, _head_idx = tile_and_head(work, call, step)
         is_masked = not (is_full(tiles, tile_idx) & has_all_keys)
-        if is_causal(call.rules.window):  # rows behind the end need no mask: one register less
+        if is_causal(call.rules.window):  # queries behind the end need no mask: their p is 0
             is_masked = not ((tile_idx >= tiles.full_begin) & has_all_keys)
         d_k, d_v = add_step(block, call, channels, d_k, d_v, step, is_masked, part)
 

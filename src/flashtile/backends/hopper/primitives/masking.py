@@ -14,7 +14,7 @@ class Place(NamedTuple):
     """Rows and columns of a product, as numbers that are added up: of the row, of the thread, and of what is in it.
 
     A product [rows, columns] has the axes rows, groups of eight columns, threads and neighbours here. Which of a
-    thread's own columns it is is known when the kernel is compiled, and so takes no register.
+    thread's own columns a number is in is known when the kernel is compiled, and takes no register.
     """
 
     row: Any
@@ -79,7 +79,7 @@ def is_unlimited(window):
 
 @jit
 def is_causal(window):
-    """Whether keys are hidden after a query alone, and none before it."""
+    """Whether only keys behind a query are hidden, and none before it."""
     return window.left is None and window.right is not None
 
 

@@ -15,7 +15,7 @@ from variants_process import NEWEST, as_table, check_memory, needs_newest, varia
 from flashtile.spec import devices
 
 MOST_SPILLED = 120
-"""Bytes. Two rows spill more than 64, the causal backward for 128 and for 64: around their loops, which read few of
+"""Bytes. The rows of the causal backward for 128 and for 64 spill more than 64: around their loops, which read few of
 them."""
 MOST_READ_IN_A_LOOP = 7
 """Words of spilled registers at one step of a loop with products: each of an instruction among some 600."""

@@ -56,6 +56,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Each compiled dense, with heads of 128 where it does not say otherwise."""
 
 
+ENOUGH = 16
+"""So many sequences that the backward has no reason to split its tiles."""
+
+
 def tables() -> dict[str, CallSpec]:
     """A plain call for each row of the two tile tables."""
     found: dict[str, CallSpec] = {}
@@ -65,7 +69,7 @@ def tables() -> dict[str, CallSpec]:
         shortest = 2  # to a single query, causal is full
         for longest in sorted({longest for longest, _ in (*forward, *backward)}):
             name = f"{width}, {'causal' if is_causal else 'full'}, from {shortest}"
-            found[name] = replace(spec, lengths_q=(shortest,), lengths_kv=(shortest,))
+            found[name] = replace(spec, lengths_q=(shortest,) * ENOUGH, lengths_kv=(shortest,) * ENOUGH)
             shortest = longest + 1
     return found
 
@@ -94,6 +98,18 @@ def split(**options: Any) -> dict[str, CallSpec]:
         else:
             found[f"{width}, split, one query"] = replace(spec, heads_per_kv=4)
             found[f"{width}, split, causal"] = replace(spec, lengths_q=(9,), causal=True)
+    return found
+
+
+def split_queries() -> dict[str, CallSpec]:
+    """So few keys and heads that the backward splits its tiles, which each of its kernels does."""
+    found: dict[str, CallSpec] = {}
+    for width in sorted({width for width, _ in plan._FORWARD}):
+        spec = replace(PLAIN, head_dim=width, head_dim_v=width, lengths_q=(1100,), lengths_kv=(200,))
+        found[f"{width}, full, split queries"] = spec
+        found[f"{width}, causal, split queries"] = replace(spec, lengths_kv=(1100,), causal=True)
+        options = EVERYTHING | {"window": (900, 0)}
+        found[f"{width}, options, split queries"] = taken(replace(spec, lengths_kv=(1100,), **options))
     return found
 
 
@@ -133,6 +149,7 @@ SETS: dict[str, Callable[[], dict[str, CallSpec]]] = {
     "packed": packed,
     "mixes": partial(packed, **EVERYTHING),
     "long": long,
+    "split queries": split_queries,
     "split": split,
     "split mixes": partial(split, **(EVERYTHING | {"window": (1500, 0)})),
     "lengths": lengths,
@@ -272,6 +289,7 @@ def reports(label: str, spec: CallSpec, compiled: list[Compiled]) -> Iterator[di
             "width": width,
             "width_v": width_v,
             "two_loops": getattr(planned.tiles, "has_two_loops", False),
+            "is_split": getattr(made.backward.tiles, "num_splits", 1) > 1,
             "stores_first_rows": getattr(made.backward.tiles, "stores_first_rows", False),
             "planned_shared": planned.shared_memory_bytes,
             "seconds": found.seconds,

@@ -21,6 +21,8 @@ MOST_READ_IN_A_LOOP = 7
 """Words of spilled registers at one step of a loop with products: each of an instruction among some 600."""
 MOST_SPILLED_WITH_OPTIONS = 1024
 """Bytes that rarer calls may spill."""
+MOST_SPILLED_WHERE_SPLIT = 136
+"""Bytes that plain calls may spill whose backward splits its tiles of keys."""
 MOST_BESIDE_TILES = 5 * 1024
 """Bytes of shared memory beyond the tiles that the planner counts: barriers, single numbers, and what tiles of results
 pass through to lie in rows."""
@@ -87,6 +89,17 @@ def test_split_keys(tmp_path: Path) -> None:
             assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"
 
 
+def test_split_queries(tmp_path: Path) -> None:
+    found = compile_all("split queries", tmp_path, most_spilled=MOST_SPILLED_WITH_OPTIONS)
+    split = [row for row in found if row["kernel"] in PRODUCTS and row["kernel"] != "attention_forward"]
+    assert all(row["is_split"] for row in split) and {row["kernel"] for row in split} == PRODUCTS.keys() - {
+        "attention_forward"
+    }
+    for row in split:
+        assert "options" in row["variant"] or row["spills"] <= MOST_SPILLED_WHERE_SPLIT, row
+        assert 0 <= row["shared"] - row["planned_shared"] <= MOST_BESIDE_TILES, f"the planner miscounts {row}"
+
+
 @pytest.mark.parametrize("variant_set", ["options", "packed", "mixes", "long", "split mixes"])
 def test_options(variant_set: str, tmp_path: Path) -> None:
     compile_all(variant_set, tmp_path, most_spilled=MOST_SPILLED_WITH_OPTIONS)
@@ -94,10 +107,11 @@ def test_options(variant_set: str, tmp_path: Path) -> None:
 
 def test_a_new_length_or_batch_compiles_nothing(tmp_path: Path) -> None:
     found = compile_all("lengths", tmp_path, most_spilled=MOST_SPILLED_WITH_OPTIONS)
-    of_tiles = ("kernel", "two_loops", "stores_first_rows")
+    of_tiles = ("kernel", "two_loops", "stores_first_rows", "is_split")
     counts = Counter((row["variant"].split()[0], *(row[name] for name in of_tiles)) for row in found)
     assert set(counts.values()) == {1}, "a length or the batch became a compile-time number"
-    assert {row["two_loops"] for row in found} == {False, True}
+    for of_some in ("two_loops", "is_split"):
+        assert {row[of_some] for row in found} == {False, True}
 
 
 @needs_newest

@@ -158,6 +158,18 @@ def first_rows() -> Iterator[CallSpec]:
         yield replace(spec, lengths_kv=(60,) * 2)
 
 
+def split_queries() -> Iterator[CallSpec]:
+    """Backward calls of few keys and heads: the steps of a tile are shares of several programs, some without any."""
+    for head_dim in (64, 128, 256):
+        spec = wide(head_dim, lengths_q=(530,), lengths_kv=(200,), heads_kv=1)
+        yield spec
+        yield replace(spec, lengths_kv=(530,), causal=True, has_sinks=True)
+        yield replace(spec, lengths_q=(190,) * 2, lengths_kv=(130,) * 2, heads_kv=2, heads_per_kv=3, causal=True)
+        yield replace(spec, window=(70, 300), heads_per_kv=2, alibi="per head")
+        if head_dim < 256:
+            yield replace(spec, softcap=5.0, causal=True, lengths_kv=(300,))
+
+
 SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "edges": edges,
     "turns": turns,
@@ -170,6 +182,8 @@ SETS: dict[str, Callable[[], Iterator[CallSpec]]] = {
     "two loops": gradients,
     "further shares": further_shares,
     "first rows": first_rows,
+    "split queries": split_queries,
+    "split queries, two loops": split_queries,
 }
 MISTAKES: dict[str, dict[str, Any]] = {
     "sums are not rescaled": {"rescaled_if_needed": lambda acc, _rescale: acc},
@@ -188,6 +202,9 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "a tile too many is stored": {
         "num_stored_rows": lambda problem, tiles: (plan.num_stored_rows(problem, tiles) or 0) + tiles.block_q
     },
+    "every split begins with the same step": {
+        "tile_and_head": lambda work, _call, step: (work.tiles.end - 1 - step, work.kv_head_idx)
+    },
     "the counter is not set back": {
         "next_share": lambda schedule: (
             scheduling.gl.num_programs(0) + scheduling.gl.atomic_add(schedule.counter, 1, sem="relaxed")
@@ -199,9 +216,10 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 def calls(sets: list[str]) -> Iterator[tuple[str, CallSpec, int]]:
     """(set, call, number of SMs)"""
+    every = {"split": NUM_SMS_OF_SPLIT, "further shares": NUM_SMS[:1]}
+    every |= dict.fromkeys(("split queries", "split queries, two loops"), NUM_SMS_OF_SPLIT)
     for name in sets:
         for index, spec in enumerate(SETS[name]()):
-            every = {"split": NUM_SMS_OF_SPLIT, "further shares": NUM_SMS[:1]}
             in_turn = NUM_SMS[index % len(NUM_SMS) :][:1]
             yield from ((name, spec, num_sms) for num_sms in every.get(name, in_turn))
 
@@ -280,8 +298,8 @@ def main() -> None:
             run(
                 spec,
                 num_sms,
-                has_gradients=SETS[name] in (gradients, further_shares, first_rows),
-                has_two_loops=name == "two loops",
+                has_gradients=SETS[name] in (gradients, further_shares, first_rows, split_queries),
+                has_two_loops=name.endswith("two loops"),
             )
         except AssertionError as error:
             failures += 1

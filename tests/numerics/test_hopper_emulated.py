@@ -23,7 +23,8 @@ def emulate(*arguments: str) -> tuple[int, str]:
 
 
 SETS = ["edges", "turns", "packed", "one query", "split", "huge", "mixes"]
-SETS_WITH_GRADIENTS = ["gradients", "two loops", "further shares", "first rows"]
+SETS_WITH_GRADIENTS = ["gradients", "two loops", "further shares", "first rows", "split queries"]
+SETS_WITH_GRADIENTS += ["split queries, two loops"]
 
 
 @pytest.mark.parametrize("calls", [*SETS, *SETS_WITH_GRADIENTS])
@@ -43,6 +44,7 @@ def test_results(calls: str) -> None:
         ("the product of S is not waited for", "huge", "may still run"),
         ("Q is given back while it is multiplied", "gradients", "whose tile a product still reads"),
         ("shares count their steps from 0", "further shares", "everyone waits"),
+        ("every split begins with the same step", "split queries", "is accessed at -"),
         ("a tile too many is stored", "first rows", "q "),
         ("the counter is not set back", "huge", "the counter of shares was left at 12"),
     ],

@@ -191,7 +191,7 @@ def test_the_plan_is_the_tables_row(head_dim: int, is_causal: bool) -> None:
         longer = posed(head_dim=head_dim, causal=is_causal, seqlen_q=longest)
         assert plan.plan(longer, H200).forward.tiles is tiles
     for longest, tiles in backward:
-        longer = posed(head_dim=head_dim, causal=is_causal, seqlen_q=longest)
+        longer = posed(head_dim=head_dim, causal=is_causal, seqlen_q=longest, batch=64)  # too many to be split
         assert plan.plan(longer, H200).backward.tiles is tiles
 
 
@@ -216,14 +216,16 @@ def test_tiles_of_queries_are_whole_consumers(tiles: plan.ForwardTiles) -> None:
 def test_the_backward_has_a_program_for_each_tile_of_keys(head_dim: int, seqlen_kv: int) -> None:
     problem = posed(batch=3, heads_q=8, heads_kv=2, head_dim=head_dim, seqlen_kv=seqlen_kv)
     kernel = plan.plan(problem, H200).backward
-    num_tiles = kernel.grid[0] // (3 * 2)
-    assert kernel.grid == (num_tiles * 3 * 2,)
+    assert isinstance(kernel.tiles, plan.BackwardTiles)
+    per_tile = 3 * 2 * kernel.tiles.num_splits
+    num_tiles = kernel.grid[0] // per_tile
+    assert kernel.grid == (num_tiles * per_tile,)
     assert (num_tiles - 1) * kernel.tiles.block_kv < seqlen_kv <= num_tiles * kernel.tiles.block_kv
 
 
 @pytest.mark.parametrize(("seqlen_kv", "expected"), [(1, 6), (128, 6), (129, 12), (22 * 128, 132), (5000, 132)])
 def test_programs_of_narrow_heads_take_further_tiles_of_keys(seqlen_kv: int, expected: int) -> None:
-    problem = posed(batch=3, heads_q=8, heads_kv=2, head_dim=64, seqlen_kv=seqlen_kv)
+    problem = posed(batch=3, heads_q=2, head_dim=64, seqlen_q=100, seqlen_kv=seqlen_kv)  # too few queries to be split
     assert plan.plan(problem, H200).backward.grid == (expected,)
 
 
@@ -426,6 +428,65 @@ def test_the_backward_works_on_tiles_of_one_warpgroups_rows(tiles: plan.Backward
     """The statistics of the backward come in whole blocks of rows."""
     assert tiles.block_q == constants.ROWS and tiles.block_kv % constants.ROWS == 0
     assert constants.STATISTICS_ROWS % tiles.block_q == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seqlen_q": 8192, "heads_q": 1}, 2),  # 64 tiles
+        ({"seqlen_q": 8192, "heads_q": 1, "head_dim": 64}, 2),
+        ({"seqlen_q": 8192, "heads_q": 2}, 1),  # as many tiles as SMs
+        ({"seqlen_q": 2048, "heads_q": 32, "heads_kv": 8, "causal": True}, 2),  # the longest share has twice the mean
+        ({"seqlen_q": 2048, "heads_q": 32, "heads_kv": 8, "causal": True, "batch": 3}, 1),
+        ({"seqlen_q": 2048, "heads_q": 32, "heads_kv": 8, "causal": True, "has_alibi": True}, 2),
+        ({"seqlen_q": 512, "heads_q": 8}, 1),  # eight steps each
+        ({"seqlen_q": 20000, "seqlen_kv": 64, "heads_q": 1}, 8),
+        ({"seqlen_q": 64, "seqlen_kv": 20000, "heads_q": 1}, 1),
+    ],
+)
+def test_tiles_are_split_where_sms_would_have_nothing_to_do(changes: dict[str, Any], expected: int) -> None:
+    made = plan.plan(posed(**changes), H200).backward
+    assert isinstance(made.tiles, plan.BackwardTiles)
+    assert made.tiles.num_splits == expected
+    assert (f"the queries of a tile in {expected} parts" in made.reason) == (expected > 1)
+
+
+def test_packed_sequences_are_not_split() -> None:
+    q = torch.zeros(8192, 1, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    boundaries = torch.zeros(2, dtype=torch.int32, device="meta")
+    problem = flashtile.explain(
+        q, q, q, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=8192, max_seqlen_kv=8192
+    ).problem
+    tiles = plan.plan(problem, H200).backward.tiles
+    assert isinstance(tiles, plan.BackwardTiles) and tiles.num_splits == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seqlen_q=st.integers(1, 9000),
+    seqlen_kv=st.integers(1, 9000),
+    window=st.tuples(*[st.one_of(st.none(), st.integers(0, 3000))] * 2),
+    heads_kv=st.integers(1, 4),
+    heads_per_kv=st.integers(1, 4),
+    head_dim=st.sampled_from([64, 128, 256]),
+)
+def test_splits_are_neither_too_short_nor_too_many(
+    seqlen_q: int,
+    seqlen_kv: int,
+    window: tuple[int | None, int | None],
+    heads_kv: int,
+    heads_per_kv: int,
+    head_dim: int,
+) -> None:
+    heads = {"heads_q": heads_kv * heads_per_kv, "heads_kv": heads_kv}
+    problem = posed(seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, window=window, head_dim=head_dim, **heads)
+    made = plan.plan(problem, H200).backward
+    assert isinstance(made.tiles, plan.BackwardTiles)
+    steps = plan.steps_of_tiles(problem, made.tiles)
+    num_splits, num_shares = made.tiles.num_splits, len(steps) * heads_kv
+    assert num_splits == 1 or max(steps) >= plan.FEWEST_STEPS * num_splits
+    assert num_splits == 1 or num_shares <= plan.MOST_SHARES_PER_SM * H200.num_sms
+    assert made.grid[0] in (num_shares * num_splits, H200.num_sms)
 
 
 # --- the L2 cache -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
-from flashtile.backends.hopper.plan import ForwardTiles
+from flashtile.backends.hopper.plan import BackwardTiles, ForwardTiles
 from flashtile.backends.triton.constants import STATISTICS_ROWS
 from flashtile.spec.accounting import Direction
 from flashtile.spec.devices import DeviceSpec
@@ -51,7 +51,7 @@ def tiling(problem: AttentionProblem, device: DeviceSpec, plan: Plan | None, dir
         heap_tiles=heap_tiles,
         sequences_at_once=sequences_at_once,
         split=None if kernel is None else _split(kernel, problem),
-        num_parts=tiles.num_splits if isinstance(tiles, ForwardTiles) else 1,
+        num_parts=tiles.num_splits if isinstance(tiles, ForwardTiles | BackwardTiles) else 1,
         row_statistics=("lse_log2", "delta") if plan is not None and plan.backend == "hopper" else ("delta",),
     )
 

@@ -359,6 +359,10 @@ def _extra_backward(problem: AttentionProblem, tiling: Tiling) -> tuple[Term, ..
     dtype = units.dtype_name(problem.accumulation_dtype)
     if is_converted or tiling.sequences_at_once is not None:
         terms.append(Term(what=f"{dtype} sums of d_q", num_bytes=rows * problem.head_dim * itemsize))
+    if tiling.num_parts > 1:
+        rows_kv = problem.batch * problem.seqlen_kv * problem.heads_kv
+        num_bytes = rows_kv * (problem.head_dim + problem.head_dim_v) * itemsize
+        terms.append(Term(what=f"{dtype} sums of d_k, d_v", num_bytes=num_bytes))
     if is_converted and problem.bias_shape is not None and "bias" in problem.gradients:
         terms.append(Term(what=f"{dtype} sums of d_bias", num_bytes=math.prod(problem.bias_shape) * itemsize))
     return tuple(term for term in terms if term.num_bytes > 0)

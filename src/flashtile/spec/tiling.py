@@ -44,6 +44,6 @@ class Tiling:
     split: SplitBackward | None = None
     """How the backward avoids that sum; None if it does not."""
     num_parts: int = 1
-    """Of the keys, whose float32 results the forward combines."""
+    """Of the keys, whose float32 results the forward combines; of the queries, whose d_k and d_v are added up."""
     row_statistics: tuple[str, ...] = ("delta",)
     """Of a backward that is not split: one number per query row each."""

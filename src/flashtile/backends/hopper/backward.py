@@ -34,11 +34,13 @@ from flashtile.backends.hopper.backward_parts import (
     add_d_q,
     clean,
     d_q_product,
+    gradient_target,
     load,
     num_readers,
     only_work,
     release_parts,
     row_numbers,
+    store_gradient,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -61,7 +63,6 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 )
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout
 from flashtile.backends.hopper.primitives.masking import is_causal, is_full, q_tiles
-from flashtile.backends.hopper.primitives.tiles import store_rows
 from flashtile.backends.hopper.primitives.turns import first_turn, pass_turn, take_turn
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
@@ -79,7 +80,17 @@ class Block(NamedTuple):
     sums: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "num_stored_rows", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(
+    do_not_specialize=[
+        "num_sum_blocks",
+        "num_stored_rows",
+        "num_heads",
+        "heads_together",
+        "num_splits",
+        "seqlen_q",
+        "seqlen_kv",
+    ]
+)
 def attention_backward(
     q_desc,
     k_desc,
@@ -89,14 +100,15 @@ def attention_backward(
     delta_desc,
     d_q_sums,
     num_sum_blocks,
-    d_k_matrix,
-    d_v_matrix,
+    d_k_target,
+    d_v_target,
     scale,
     rules,
     sequences,
     heads,
     num_heads,
     heads_together,
+    num_splits,
     counter,
     seqlen_q,
     seqlen_kv,
@@ -129,9 +141,11 @@ def attention_backward(
     d_s = make_channel(dtype, NUM_D_S_SLOTS, ROWS, ROWS, NUM_CONSUMERS)
     fence_async_shared()
 
-    order = Order(gl.cdiv(seqlen_kv, BLOCK_KV), num_heads, heads_together, counter)
+    order = Order(gl.cdiv(seqlen_kv, BLOCK_KV), num_heads, heads_together, num_splits, counter)
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
-    targets = (d_k_matrix, d_v_matrix, scale)
+    d_k_target = gradient_target(d_k_target, num_splits, order.num_tiles, BLOCK_KV)
+    d_v_target = gradient_target(d_v_target, num_splits, order.num_tiles, BLOCK_KV)
+    targets = (d_k_target, d_v_target, scale)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
     sums = Sums(d_q_sums, num_sum_blocks, num_stored_rows)
     gl.warp_specialize(
@@ -193,11 +207,9 @@ def gradients(
         d_q = warpgroup_mma_wait(0, deps=[d_q_token])
         tile_idx, head_idx = tile_and_head(work, call, work.num_steps - 1)
         add_d_q(sums, d_q, call, work, tile_idx, head_idx, part * Q_COLS, BLOCK_D)
-    d_k_matrix, d_v_matrix, scale = targets
-    num_rows = sequence.seqlen_kv - own_begin
-    row = sequence.kv_begin + own_begin
-    store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
-    store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
+    d_k_target, d_v_target, scale = targets
+    store_gradient(d_k_target, d_k * scale, dtype, call, work, own_begin, HEAD_DIM)
+    store_gradient(d_v_target, d_v, dtype, call, work, own_begin, HEAD_DIM_V)
 
 
 @jit

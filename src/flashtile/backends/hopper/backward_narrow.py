@@ -27,11 +27,13 @@ from flashtile.backends.hopper.backward_parts import (
     clean,
     d_q_product,
     find_work,
+    gradient_target,
     load,
     num_readers,
     release_parts,
     row_numbers,
     steps_and_shares,
+    store_gradient,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -48,7 +50,6 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout
 from flashtile.backends.hopper.primitives.masking import is_full, q_tiles
 from flashtile.backends.hopper.primitives.scheduling import END, make_share_channel, receive_index
-from flashtile.backends.hopper.primitives.tiles import store_rows
 from flashtile.backends.hopper.primitives.turns import first_turn, pass_turn, take_turn
 
 BLOCK_KV = gl.constexpr(NUM_CONSUMERS.value * ROWS.value)
@@ -65,7 +66,17 @@ class Block(NamedTuple):
     d_s: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "num_stored_rows", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(
+    do_not_specialize=[
+        "num_sum_blocks",
+        "num_stored_rows",
+        "num_heads",
+        "heads_together",
+        "num_splits",
+        "seqlen_q",
+        "seqlen_kv",
+    ]
+)
 def attention_backward_narrow(
     q_desc,
     k_desc,
@@ -75,14 +86,15 @@ def attention_backward_narrow(
     delta_desc,
     d_q_sums,
     num_sum_blocks,
-    d_k_matrix,
-    d_v_matrix,
+    d_k_target,
+    d_v_target,
     scale,
     rules,
     sequences,
     heads,
     num_heads,
     heads_together,
+    num_splits,
     counter,
     seqlen_q,
     seqlen_kv,
@@ -117,9 +129,11 @@ def attention_backward_narrow(
     d_s = make_channel(dtype, NUM_D_S_SLOTS, ROWS, ROWS, 1)
     fence_async_shared()
 
-    order = Order(gl.cdiv(seqlen_kv, BLOCK_KV), num_heads, heads_together, counter)
+    order = Order(gl.cdiv(seqlen_kv, BLOCK_KV), num_heads, heads_together, num_splits, counter)
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
-    targets = (d_k_matrix, d_v_matrix, scale)
+    d_k_target = gradient_target(d_k_target, num_splits, order.num_tiles, BLOCK_KV)
+    d_v_target = gradient_target(d_v_target, num_splits, order.num_tiles, BLOCK_KV)
+    targets = (d_k_target, d_v_target, scale)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
     sums = Sums(d_q_sums, num_sum_blocks, num_stored_rows)
     gl.warp_specialize(
@@ -172,11 +186,9 @@ def gradients(
         block = Block(work, k, v, own_begin, d_s)
         d_k, d_v = add_steps(block, call, channels, tiles, has_all_keys, d_k, d_v, part, TWO_LOOPS)
 
-        d_k_matrix, d_v_matrix, scale = targets
-        num_rows = sequence.seqlen_kv - own_begin
-        row = sequence.kv_begin + own_begin
-        store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
-        store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM_V)
+        d_k_target, d_v_target, scale = targets
+        store_gradient(d_k_target, d_k * scale, dtype, call, work, own_begin, HEAD_DIM)
+        store_gradient(d_v_target, d_v, dtype, call, work, own_begin, HEAD_DIM_V)
         first_step, num_before = steps_and_shares(work)
         turn += 1
         share_idx = receive_index(channels.shares, turn, 4)
@@ -208,6 +220,9 @@ def add_steps(block, call, channels, own_tiles, has_all_keys, d_k, d_v, part: gl
         while step < work.num_steps:
             tile_idx, _head_idx = tile_and_head(work, call, step)
             num_full, num_partial = run_of_tiles(work, own_tiles, has_all_keys, tile_idx)
+            if call.order.num_splits is not None:  # a run may go on in the next split
+                num_full = gl.minimum(num_full, work.num_steps - step)
+                num_partial = gl.minimum(num_partial, work.num_steps - step)
             for i in range(num_full):
                 d_k, d_v = add_step(block, call, channels, d_k, d_v, step + i, False, part)
             for i in range(num_partial):

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper import constants
-from flashtile.backends.hopper.primitives.addressing import find_sequence, statistics_row, sums_block
+from flashtile.backends.hopper.primitives.addressing import Sums, find_sequence, statistics_row, sums_block
 from flashtile.backends.hopper.primitives.channel import claim, receive, release
 from flashtile.backends.hopper.primitives.gluon_compat import (
     constexpr_function,
@@ -22,7 +22,7 @@ from flashtile.backends.hopper.primitives.gluon_compat import (
 from flashtile.backends.hopper.primitives.layouts import cols_of, product_layout, rows_of
 from flashtile.backends.hopper.primitives.masking import q_tiles
 from flashtile.backends.hopper.primitives.scheduling import END, next_index, receive_index, send_index
-from flashtile.backends.hopper.primitives.tiles import zero_rows_from
+from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_from
 
 ROWS = gl.constexpr(constants.ROWS)
 SUM_ROWS = gl.constexpr(constants.SUM_ROWS)
@@ -40,6 +40,8 @@ class Order(NamedTuple):
     num_tiles: Any
     num_heads: Any
     num_together: Any
+    num_splits: Any
+    """The parts that the steps of each tile are split into, each a share of its own; ``None`` if they are not."""
     counter: Any
     """How many shares were drawn beyond the programs' first ones, 0 at the start; ``None`` if a program has but one."""
 
@@ -58,7 +60,8 @@ class Call(NamedTuple):
 class Work(NamedTuple):
     """One share: a tile of keys, and the tiles of queries that see any of it, for each head of a group.
 
-    Before it the program had ``num_before`` shares with steps, and ``first_step`` steps in all.
+    Before it the program had ``num_before`` shares with steps, and ``first_step`` steps in all. Of the tile's steps
+    ``num_skipped`` belong to the splits before this one.
     """
 
     sequence: Any
@@ -70,6 +73,7 @@ class Work(NamedTuple):
     num_steps: Any
     first_step: Any
     num_before: Any
+    num_skipped: Any
 
 
 class Channels(NamedTuple):
@@ -94,29 +98,46 @@ class Channels(NamedTuple):
 
 
 @jit
+def num_shares(order):
+    num = order.num_tiles * order.num_heads
+    if order.num_splits is not None:
+        num *= order.num_splits
+    return num
+
+
+@jit
 def tile_of_keys(order, share_idx):
-    """(tile, kv head of all sequences) of a share."""
+    """(tile, kv head of all sequences, split) of a share: all splits of a tile, then the next tile."""
+    split_idx = 0
+    if order.num_splits is not None:
+        split_idx = share_idx % order.num_splits
+        share_idx = share_idx // order.num_splits
     num_before = order.num_heads - order.num_together
     tile_idx, head = share_idx % order.num_tiles, share_idx // order.num_tiles
     if head >= num_before:
         place = share_idx - num_before * order.num_tiles
         tile_idx, head = place // order.num_together, num_before + place % order.num_together
-    return tile_idx, head
+    return tile_idx, head, split_idx
 
 
 @jit
 def find_work(call, share_idx, first_step, num_before, BLOCK_KV: gl.constexpr):
     """The share of an index; one without keys has no steps."""
     heads_kv = call.heads.num_q // call.heads.per_kv
-    tile_idx, head = tile_of_keys(call.order, share_idx)
+    tile_idx, head, split_idx = tile_of_keys(call.order, share_idx)
     kv_head_idx, batch_idx = head % heads_kv, head // heads_kv
     sequence = find_sequence(call.sequences, batch_idx, call.seqlen_q, call.seqlen_kv)
     kv_begin = tile_idx * BLOCK_KV
     kv_end = gl.minimum(kv_begin + BLOCK_KV, sequence.seqlen_kv)
     tiles = q_tiles(call.rules.window, sequence.seqlen_q, sequence.seqlen_kv, kv_begin, kv_end, ROWS)
     num_tiles = gl.where(kv_begin < sequence.seqlen_kv, tiles.end - tiles.begin, 0)
-    num_steps = num_tiles * call.heads.per_kv
-    return Work(sequence, batch_idx, kv_head_idx, kv_begin, tiles, num_tiles, num_steps, first_step, num_before)
+    num_steps, num_skipped = num_tiles * call.heads.per_kv, 0
+    if call.order.num_splits is not None:
+        num_skipped = num_steps * split_idx // call.order.num_splits
+        num_steps = num_steps * (split_idx + 1) // call.order.num_splits - num_skipped
+    return Work(
+        sequence, batch_idx, kv_head_idx, kv_begin, tiles, num_tiles, num_steps, first_step, num_before, num_skipped
+    )
 
 
 @jit
@@ -137,6 +158,8 @@ def tile_and_head(work, call, step):
 
     Programs that start together so visit the same rows at the same time, under a causal mask too.
     """
+    if call.order.num_splits is not None:
+        step += work.num_skipped
     tile_idx, head_idx = work.tiles.end - 1 - step, work.kv_head_idx
     if call.heads.per_kv > 1:
         tile_idx = work.tiles.end - 1 - step % work.num_tiles
@@ -157,7 +180,7 @@ def load(call, channels, loads):
             load_share(call, channels, loads, work)
             first_step, num_before = steps_and_shares(work)
             turn += 1
-            share_idx = next_index(call.order.counter, call.order.num_tiles * call.order.num_heads)
+            share_idx = next_index(call.order.counter, num_shares(call.order))
         send_index(channels.shares, turn, END)
 
 
@@ -317,17 +340,10 @@ def add_d_q(sums, d_q, call, work, tile_idx, head_idx, COL: gl.constexpr, BLOCK_
     stored: no zeros were written there (``plan.num_stored_rows``).
     """
     NUM_ROWS: gl.constexpr = d_q.shape[0]
-    NUM_COLS: gl.constexpr = d_q.shape[1]
     NUM_BLOCKS: gl.constexpr = NUM_ROWS // SUM_ROWS
-    BLOCK_SIZE: gl.constexpr = SUM_ROWS * BLOCK_D
-    in_order = d_q.reshape([NUM_BLOCKS, 2, 8, NUM_COLS // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5))
-    in_order = in_order.reshape([NUM_BLOCKS, SUM_ROWS * NUM_COLS])
-    layout: gl.constexpr = in_order.type.layout
+    in_order = in_order_of_sums(d_q)
     line, block = sums_block(call, work.sequence, work.batch_idx, head_idx)
-    first = (gl.to_tensor(line).to(gl.int64) * sums.num_blocks + block + tile_idx * NUM_BLOCKS) * BLOCK_SIZE
-    block_idx = gl.expand_dims(gl.arange(0, NUM_BLOCKS, rows_of(layout)), 1)
-    places = sums.ptr + (first + SUM_ROWS * COL) + block_idx * BLOCK_SIZE
-    places += gl.expand_dims(gl.arange(0, SUM_ROWS * NUM_COLS, cols_of(layout)), 0)
+    places, block_idx = places_in_sums(sums, line, block, tile_idx * NUM_BLOCKS, in_order, COL, BLOCK_D)
     if sums.num_stored_rows is not None:
         is_stored = (work.kv_begin == 0) & (tile_idx * NUM_ROWS < sums.num_stored_rows)
         inline_asm(
@@ -341,14 +357,7 @@ def add_d_q(sums, d_q, call, work, tile_idx, head_idx, COL: gl.constexpr, BLOCK_
             pack=4,
         )
     elif call.sequences.cu_seqlens_q is None:
-        inline_asm(
-            "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0;",
-            "=r,l,l,l,l,r,r,r,r",
-            [places.to(gl.int64, bitcast=True), in_order],
-            dtype=gl.int8,  # four of them are the one result that an instruction for four numbers has to have
-            is_pure=False,
-            pack=4,
-        )
+        add_numbers(places, in_order)
     else:  # blocks behind the end belong to the next sequence
         exists = tile_idx * NUM_BLOCKS + block_idx < gl.cdiv(work.sequence.seqlen_q, SUM_ROWS)
         inline_asm(
@@ -360,3 +369,60 @@ def add_d_q(sums, d_q, call, work, tile_idx, head_idx, COL: gl.constexpr, BLOCK_
             is_pure=False,
             pack=4,
         )
+
+
+@jit
+def in_order_of_sums(product):
+    """[blocks of ``SUM_ROWS`` rows, their numbers], in the order in which a warp holds them (see ``statistics``)."""
+    NUM_BLOCKS: gl.constexpr = product.shape[0] // SUM_ROWS
+    NUM_COLS: gl.constexpr = product.shape[1]
+    in_order = product.reshape([NUM_BLOCKS, 2, 8, NUM_COLS // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5))
+    return in_order.reshape([NUM_BLOCKS, SUM_ROWS * NUM_COLS])
+
+
+@jit
+def places_in_sums(sums, line, block, first_block, numbers, COL: gl.constexpr, NUM_COLS: gl.constexpr):
+    """(pointers, index of each block) for ``numbers`` in the sums' order: the columns from COL on, of NUM_COLS."""
+    layout: gl.constexpr = numbers.type.layout
+    BLOCK_SIZE: gl.constexpr = SUM_ROWS * NUM_COLS
+    first = (gl.to_tensor(line).to(gl.int64) * sums.num_blocks + block + first_block) * BLOCK_SIZE
+    block_idx = gl.expand_dims(gl.arange(0, numbers.shape[0], rows_of(layout)), 1)
+    places = sums.ptr + (first + SUM_ROWS * COL) + block_idx * BLOCK_SIZE
+    places += gl.expand_dims(gl.arange(0, numbers.shape[1], cols_of(layout)), 0)
+    return places, block_idx
+
+
+@jit
+def add_numbers(places, numbers):
+    """Adds each thread's numbers to memory, four neighbours at a time."""
+    inline_asm(
+        "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0;",
+        "=r,l,l,l,l,r,r,r,r",
+        [places.to(gl.int64, bitcast=True), numbers],
+        dtype=gl.int8,  # four of them are the one result that an instruction for four numbers has to have
+        is_pure=False,
+        pack=4,
+    )
+
+
+@jit
+def gradient_target(given, num_splits, num_tiles, BLOCK_KV: gl.constexpr):
+    """The ``Matrix`` that d_k or d_v is stored in; or the ``Sums`` that each split of a tile adds its part to."""
+    return given if num_splits is None else Sums(given, num_tiles * (BLOCK_KV // SUM_ROWS), 0)
+
+
+@jit
+def store_gradient(target, gradient, dtype: gl.constexpr, call, work, begin, HEAD_DIM: gl.constexpr):
+    """Stores d_k or d_v of the keys from ``begin`` on, or adds it up (``gradient_target``)."""
+    sequence = work.sequence
+    if call.order.num_splits is None:
+        num_rows = sequence.seqlen_kv - begin
+        row = sequence.kv_begin + begin
+        rounded = gradient.to(dtype)
+        store_rows(target, rounded, sequence.buffer_idx, work.kv_head_idx, row, num_rows, HEAD_DIM)
+    else:
+        in_order = in_order_of_sums(gradient)
+        line = work.batch_idx * (call.heads.num_q // call.heads.per_kv) + work.kv_head_idx
+        NUM_COLS: gl.constexpr = gradient.shape[1]
+        places, _block_idx = places_in_sums(target, line, 0, begin // SUM_ROWS, in_order, 0, NUM_COLS)
+        add_numbers(places, in_order)

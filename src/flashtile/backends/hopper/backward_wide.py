@@ -26,10 +26,12 @@ from flashtile.backends.hopper.backward_parts import (
     add_d_q,
     clean,
     d_q_product,
+    gradient_target,
     load,
     num_readers,
     only_work,
     row_numbers,
+    store_gradient,
     tile_and_head,
     wait_for_keys,
     wait_for_rows,
@@ -47,7 +49,6 @@ from flashtile.backends.hopper.primitives.channel import (
 from flashtile.backends.hopper.primitives.gluon_compat import jit, warpgroup_mma, warpgroup_mma_wait, zeros
 from flashtile.backends.hopper.primitives.layouts import cols_of, operand_layout, product_layout
 from flashtile.backends.hopper.primitives.masking import is_full
-from flashtile.backends.hopper.primitives.tiles import store_rows
 
 
 class Exchange(NamedTuple):
@@ -57,7 +58,17 @@ class Exchange(NamedTuple):
     d_s: Any
 
 
-@jit(do_not_specialize=["num_sum_blocks", "num_stored_rows", "num_heads", "heads_together", "seqlen_q", "seqlen_kv"])
+@jit(
+    do_not_specialize=[
+        "num_sum_blocks",
+        "num_stored_rows",
+        "num_heads",
+        "heads_together",
+        "num_splits",
+        "seqlen_q",
+        "seqlen_kv",
+    ]
+)
 def attention_backward_wide(
     q_desc,
     k_desc,
@@ -67,14 +78,15 @@ def attention_backward_wide(
     delta_desc,
     d_q_sums,
     num_sum_blocks,
-    d_k_matrix,
-    d_v_matrix,
+    d_k_target,
+    d_v_target,
     scale,
     rules,
     sequences,
     heads,
     num_heads,
     heads_together,
+    num_splits,
     counter,
     seqlen_q,
     seqlen_kv,
@@ -107,14 +119,16 @@ def attention_backward_wide(
     exchange = Exchange(make_channel(dtype, 2, ROWS, ROWS, 1), make_channel(dtype, 2, ROWS, ROWS, 1))
     fence_async_shared()
 
-    order = Order(gl.cdiv(seqlen_kv, ROWS), num_heads, heads_together, counter)
+    order = Order(gl.cdiv(seqlen_kv, ROWS), num_heads, heads_together, num_splits, counter)
     call = Call(rules, sequences, heads, order, seqlen_q, seqlen_kv)
     loads = (q_desc, k_desc, v_desc, d_out_desc, lse_log2_desc, delta_desc)
+    d_k_target = gradient_target(d_k_target, num_splits, order.num_tiles, ROWS)
+    d_v_target = gradient_target(d_v_target, num_splits, order.num_tiles, ROWS)
     sums = Sums(d_q_sums, num_sum_blocks, num_stored_rows)
     gl.warp_specialize(
         [
-            (values, (call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V)),
-            (keys, (call, channels, exchange, sums, d_k_matrix, scale, HEAD_DIM)),
+            (values, (call, channels, exchange, sums, d_v_target, HEAD_DIM_V)),
+            (keys, (call, channels, exchange, sums, d_k_target, scale, HEAD_DIM)),
             (load, (call, channels, loads)),
             (clean, (call, channels)),
         ],
@@ -124,7 +138,7 @@ def attention_backward_wide(
 
 
 @jit
-def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr):
+def values(call, channels, exchange, sums, d_v_target, HEAD_DIM_V: gl.constexpr):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     BLOCK_DV: gl.constexpr = channels.d_out.tiles.shape[2]
     Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
@@ -168,8 +182,7 @@ def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr)
         d_v = warpgroup_mma_wait(0, deps=[d_v_token])
         release(channels.d_out, step)
 
-    row = sequence.kv_begin + work.kv_begin
-    store_rows(d_v_matrix, d_v.to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM_V)
+    store_gradient(d_v_target, d_v, dtype, call, work, work.kv_begin, HEAD_DIM_V)
     # ``keys`` has needed that time for the last dS.
     if work.num_steps > 0:
         d_q_token = d_q_product(exchange.d_s, channels.k, work.num_steps, 0, Q_COLS)
@@ -179,14 +192,12 @@ def values(call, channels, exchange, sums, d_v_matrix, HEAD_DIM_V: gl.constexpr)
 
 
 @jit
-def keys(call, channels, exchange, sums, d_k_matrix, scale, HEAD_DIM: gl.constexpr):
+def keys(call, channels, exchange, sums, d_k_target, scale, HEAD_DIM: gl.constexpr):
     BLOCK_D: gl.constexpr = channels.q.tiles.shape[2]
     Q_COLS: gl.constexpr = BLOCK_D // NUM_CONSUMERS
     dtype: gl.constexpr = channels.q.tiles.dtype
     S: gl.constexpr = product_layout(ROWS)
     work = only_work(call, ROWS)
-    sequence = work.sequence
-    num_keys = sequence.seqlen_kv - work.kv_begin
     d_k = zeros([ROWS, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     no_s = zeros([ROWS, ROWS], gl.float32, S)
     v = channels.v.index(0)
@@ -215,5 +226,4 @@ def keys(call, channels, exchange, sums, d_k_matrix, scale, HEAD_DIM: gl.constex
         d_k = warpgroup_mma_wait(0, deps=[d_k_token])
         release(channels.q, step)
 
-    row = sequence.kv_begin + work.kv_begin
-    store_rows(d_k_matrix, (d_k * scale).to(dtype), sequence.buffer_idx, work.kv_head_idx, row, num_keys, HEAD_DIM)
+    store_gradient(d_k_target, d_k * scale, dtype, call, work, work.kv_begin, HEAD_DIM)

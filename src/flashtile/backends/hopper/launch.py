@@ -35,7 +35,7 @@ from flashtile.backends.hopper.plan import (
     takes_further_shares,
     widths,
 )
-from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_d_q
+from flashtile.backends.hopper.statistics import attention_row_statistics, attention_scale_gradient
 from flashtile.backends.launcher import (
     MOST_FORMS,
     KernelLauncher,
@@ -56,7 +56,7 @@ from flashtile.spec.problem import AttentionProblem
 _FORWARD = KernelLauncher(attention_forward)
 _COMBINE = KernelLauncher(attention_combine)
 _ROW_STATISTICS = KernelLauncher(attention_row_statistics)
-_SCALE_D_Q = KernelLauncher(attention_scale_d_q)
+_SCALE = KernelLauncher(attention_scale_gradient)
 
 _BACKWARD: dict[str, tuple[KernelLauncher, dict[str, int]]] = {
     "backward_narrow": (
@@ -280,22 +280,23 @@ def _backward(
     with device_of(q):
         made = _made_by_backward(problem, plan, q.device)()
         if problem.layout == "varlen":
-            lse_log2, delta, _sums, _counter, *gradients = made
-            for gradient in gradients:  # rows of no sequence
+            lse_log2, delta, _sums, _counter, d_q, d_k, d_v, *_kv_sums = made
+            for gradient in (d_q, d_k, d_v):  # rows of no sequence
                 gradient.zero_()
             if problem.has_sinks:  # what lies between the sequences counts nothing in their sums
                 lse_log2.fill_(math.inf)
                 delta.zero_()
         tensors = (*given, *made)
-        kernels = (_launch_row_statistics, _launch_gradients, _launch_scale_d_q)
-        launches = [launch(problem, tensors, plan) for launch in kernels]
+        launches = [launch(problem, tensors, plan) for launch in (_launch_row_statistics, _launch_gradients)]
+        split = _backward_tiles_of(plan).num_splits > 1
+        launches += [_launch_scale(problem, tensors, name) for name in ("q", "k", "v") if name == "q" or split]
         found = _gradients(problem, given, made)
     return found, relaunches(launches), tensors
 
 
 def _gradients(problem: AttentionProblem, given: tuple[Any, ...], made: tuple[Any, ...]) -> Gradients:
     """Those that are wanted, after the kernels."""
-    lse_log2, delta, _sums, _counter, d_q, d_k, d_v = made
+    lse_log2, delta, _sums, _counter, d_q, d_k, d_v, *_kv_sums = made
     found = {"q": d_q, "k": d_k, "v": d_v}
     sinks = operands_of(given)[0].sinks if "sinks" in problem.gradients else None
     if sinks is not None:
@@ -305,10 +306,11 @@ def _gradients(problem: AttentionProblem, given: tuple[Any, ...], made: tuple[An
 
 @lru_cache(maxsize=MOST_FORMS)
 def _made_by_backward(problem: AttentionProblem, plan: Plan, device: torch.device) -> Callable[[], tuple[Any, ...]]:
-    """Makes lse_log2, delta, the sums of d_q, the counter of shares or None, d_q, d_k and d_v.
+    """Makes lse_log2, delta, the sums of d_q, the counter of shares or None, d_q, d_k, d_v, and their sums or None.
 
     The two numbers of each row are [batch, heads, rows] or packed [heads, rows], in whole blocks of
-    ``STATISTICS_ROWS``, and the sums [batch * heads or heads, blocks of ``SUM_ROWS``, SUM_ROWS * BLOCK_D].
+    ``STATISTICS_ROWS``, and the sums [batch * heads or heads, blocks of ``SUM_ROWS``, SUM_ROWS * BLOCK_D]. Those of d_k
+    and d_v, for tiles whose steps are split, are 0.
     """
     if problem.layout == "varlen":
         length = (-(-problem.tokens_q // STATISTICS_ROWS) + problem.batch) * STATISTICS_ROWS
@@ -326,7 +328,13 @@ def _made_by_backward(problem: AttentionProblem, plan: Plan, device: torch.devic
     make_d_q = tensor_maker((*tokens_q, problem.heads_q, problem.head_dim), problem.dtype, device)
     make_d_k = tensor_maker((*tokens_kv, problem.heads_kv, problem.head_dim), problem.dtype, device)
     make_d_v = tensor_maker((*tokens_kv, problem.heads_kv, problem.head_dim_v), problem.dtype, device)
-    makers = (make_rows, make_rows, make_sums, make_counter, make_d_q, make_d_k, make_d_v)
+    make_kv_sums: tuple[Callable[[], Tensor | None], ...] = (nothing, nothing)
+    tiles = _backward_tiles_of(plan)
+    if tiles.num_splits > 1:
+        num_blocks = -(-problem.seqlen_kv // tiles.block_kv) * (tiles.block_kv // SUM_ROWS)
+        shapes = [(problem.batch * problem.heads_kv, num_blocks, SUM_ROWS * width) for width in widths(problem)]
+        make_kv_sums = tuple(partial(torch.zeros, shape, dtype=torch.float32, device=device) for shape in shapes)
+    makers = (make_rows, make_rows, make_sums, make_counter, make_d_q, make_d_k, make_d_v, *make_kv_sums)
     return lambda: tuple(make() for make in makers)
 
 
@@ -341,7 +349,10 @@ def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan:
     tiles = _backward_tiles_of(plan)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
-        operands, (_out, d_out, _lse, _d_lse, lse_log2, delta, d_q_sums, counter, _d_q, d_k, d_v) = operands_of(tensors)
+        operands, (_out, d_out, _lse, _d_lse, lse_log2, delta, d_q_sums, counter, _d_q, d_k, d_v, *kv_sums) = (
+            operands_of(tensors)
+        )
+        d_k_sums, d_v_sums = kv_sums
         width, width_v = widths(problem)
         num_kv_tiles = -(-problem.seqlen_kv // tiles.block_kv)
         return (
@@ -353,14 +364,15 @@ def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan:
             arguments.numbers_descriptor(delta, ROWS),
             d_q_sums,
             d_q_sums.shape[1],
-            arguments.matrix(d_k),
-            arguments.matrix(d_v),
+            arguments.matrix(d_k) if d_k_sums is None else d_k_sums,
+            arguments.matrix(d_v) if d_v_sums is None else d_v_sums,
             problem.scale,
             arguments.score_rules(problem, operands),
             Sequences(operands.cu_seqlens_q, operands.cu_seqlens_kv),
             Heads(problem.heads_q, problem.heads_per_kv),
             problem.batch * problem.heads_kv,
             heads_together(problem, num_kv_tiles, devices.detect(d_out.device)),
+            tiles.num_splits if tiles.num_splits > 1 else None,
             counter,
             problem.seqlen_q,
             problem.seqlen_kv,
@@ -423,31 +435,34 @@ def _launch_row_statistics(problem: AttentionProblem, tensors: tuple[Any, ...], 
     )
 
 
-def _launch_scale_d_q(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
-    """Fills d_q from its sums: scaled, and rounded once."""
+def _launch_scale(problem: AttentionProblem, tensors: tuple[Any, ...], name: str) -> Relaunch | None:
+    """Fills d_q, d_k or d_v from its sums: rounded once, and d_q scaled, which d_k has been before it was added."""
+    num_heads, seqlen = (problem.heads_q, problem.seqlen_q) if name == "q" else (problem.heads_kv, problem.seqlen_kv)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
-        operands, (*_, d_q_sums, _counter, d_q, _d_k, _d_v) = operands_of(tensors)
+        operands, (*_, d_q_sums, _counter, d_q, d_k, d_v, d_k_sums, d_v_sums) = operands_of(tensors)
+        sums, gradient = {"q": (d_q_sums, d_q), "k": (d_k_sums, d_k), "v": (d_v_sums, d_v)}[name]
         return (
-            d_q_sums,
-            d_q_sums.shape[1],
-            arguments.matrix(d_q),
-            problem.scale,
+            sums,
+            sums.shape[1],
+            arguments.matrix(gradient),
+            problem.scale if name == "q" else 1.0,
             operands.cu_seqlens_q,
-            problem.heads_q,
-            problem.seqlen_q,
+            num_heads,
+            seqlen,
         )
 
-    width = widths(problem)[0]
-    block_rows = max(SUM_ROWS, 4096 // width)
-    return _SCALE_D_Q(
-        problem,
-        (-(-problem.seqlen_q // block_rows) * problem.heads_q * problem.batch,),
+    width, width_v = widths(problem)
+    columns = width_v if name == "v" else width
+    block_rows = max(SUM_ROWS, 4096 // columns)
+    return _SCALE(
+        (problem, name),
+        (-(-seqlen // block_rows) * num_heads * problem.batch,),
         tensors,
         kernel_arguments,
         num_warps=4,
-        HEAD_DIM=problem.head_dim,
-        BLOCK_D=width,
+        HEAD_DIM=problem.head_dim_v if name == "v" else problem.head_dim,
+        BLOCK_D=columns,
         BLOCK_ROWS=block_rows,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from flashtile.backends import gpu
 from flashtile.backends.base import KernelPlan, Plan, TileConfig
 from flashtile.backends.hopper.constants import PARTS, ROWS
-from flashtile.spec import units
+from flashtile.spec import masks, units
 from flashtile.spec.devices import DeviceSpec
 from flashtile.spec.problem import AttentionProblem
 
@@ -62,6 +63,8 @@ class BackwardTiles(TileConfig):
     """Whether tiles that are visible everywhere have a loop without masks; more code, which short calls pay for."""
     stores_first_rows: bool = False
     """Whether d_q of rows that see one tile of keys is stored, not added to zeros; more code in the loop."""
+    num_splits: int = 1
+    """The parts that the steps of a tile of keys are split into, each a share of its own."""
 
 
 _SHORT_FULL = ForwardTiles(block_q=128, block_kv=128, num_stages=3, is_in_turn=True)
@@ -81,6 +84,15 @@ _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
     (256, True): ((LONGEST, _WIDE),),
 }
 """(width of the wider head, is causal) -> tiles for up to so many queries; see docs/kernels/hopper_forward.md."""
+
+SPLITS = (2, 4, 8)
+MOST_SHARES_PER_SM = 2
+FEWEST_STEPS = 4
+STEPS_OF_A_START = 4
+STEPS_OF_SPLITS = 5
+"""What the backward may split tiles of keys into; with more shares for each SM it does not, nor into parts of fewer
+steps. What a share takes before and after its steps, and what the passes for d_k and d_v take, in steps.
+"""
 
 _NARROW_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=3)
 _MIDDLE_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=2)
@@ -221,13 +233,55 @@ def _backward(problem: AttentionProblem, device: DeviceSpec) -> KernelPlan:
     tiles = next(tiles for longest, tiles in steps if problem.seqlen_q <= longest)
     keys = f"{ROWS} keys" + (" each" if tiles.block_kv > ROWS else ", one for d_k and one for d_v")
     num_shares = -(-problem.seqlen_kv // tiles.block_kv) * problem.heads_kv * problem.batch
+    reason = f"2 warpgroups of {keys}, {tiles.num_stages} stages"
+    if (num_splits := num_backward_splits(problem, tiles, device)) > 1:
+        tiles = replace(tiles, num_splits=num_splits)
+        num_shares *= num_splits
+        reason += f"; the queries of a tile in {num_splits} parts"
     return KernelPlan(
         kernel=kernel,
         tiles=tiles,
         grid=(min(num_shares, device.num_sms) if takes_further_shares(kernel) else num_shares,),
         shared_memory_bytes=backward_shared_memory_bytes(problem, tiles),
-        reason=f"2 warpgroups of {keys}, {tiles.num_stages} stages",
+        reason=reason,
     )
+
+
+def num_backward_splits(problem: AttentionProblem, tiles: BackwardTiles, device: DeviceSpec) -> int:
+    """Into how many parts the steps of each tile of keys are split: what a model of the GPU's time takes for fastest.
+
+    d_k and d_v are then added up in memory, which costs two more passes: so only where SMs would have nothing to do.
+    Packed sequences, whose lengths nobody knows but the GPU, are not split. See docs/kernels/hopper_backward.md.
+    """
+    num_heads = problem.batch * problem.heads_kv
+    num_shares = -(-problem.seqlen_kv // tiles.block_kv) * num_heads
+    if problem.layout == "varlen" or num_shares > MOST_SHARES_PER_SM * device.num_sms:
+        return 1
+    steps = steps_of_tiles(problem, tiles)
+
+    def time(num_splits: int) -> float:
+        """In steps: until the last SM is done, if whoever is done first takes the next share."""
+        sms = [0.0] * device.num_sms
+        for num_steps in steps:
+            for _ in range(num_heads * num_splits):
+                heapq.heapreplace(sms, sms[0] + num_steps / num_splits + STEPS_OF_A_START)
+        return max(sms) + (STEPS_OF_SPLITS if num_splits > 1 else 0)
+
+    most = max(steps) // FEWEST_STEPS
+    return min((1, *(num for num in SPLITS if num <= most)), key=time)
+
+
+def steps_of_tiles(problem: AttentionProblem, tiles: BackwardTiles) -> list[int]:
+    """How many steps each tile of keys of a dense call has: tiles of queries that see any of it, for each head."""
+    seqlen_q, seqlen_kv = problem.seqlen_q, problem.seqlen_kv
+    steps = []
+    for begin in range(0, seqlen_kv, tiles.block_kv):
+        end = min(begin + tiles.block_kv, seqlen_kv)
+        visited = masks.q_tiles(
+            problem.mask, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, kv_begin=begin, kv_end=end, block_q=tiles.block_q
+        )
+        steps.append((visited.end - visited.begin) * problem.heads_per_kv)
+    return steps
 
 
 def backward_kernel(problem: AttentionProblem) -> str:

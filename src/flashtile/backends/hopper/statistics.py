@@ -85,21 +85,21 @@ def attention_row_statistics(
         tl.store(counter, 0, mask=program_idx == 0)
 
 
-@triton.jit(do_not_specialize=["num_sum_blocks", "seqlen_q"])
-def attention_scale_d_q(
-    d_q_sums,
+@triton.jit(do_not_specialize=["num_sum_blocks", "seqlen"])
+def attention_scale_gradient(
+    all_sums,
     num_sum_blocks,
-    d_q,
+    gradient,
     scale,
-    cu_seqlens_q,
+    cu_seqlens,
     num_heads,
-    seqlen_q,
+    seqlen,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """d_q = scale * sums, rounded once, of BLOCK_ROWS rows of one head."""
-    num_blocks = tl.cdiv(seqlen_q, BLOCK_ROWS)
+    """A gradient, scale * sums, rounded once, of BLOCK_ROWS rows of one head."""
+    num_blocks = tl.cdiv(seqlen, BLOCK_ROWS)
     program_idx = tl.num_programs(0) - 1 - tl.program_id(0)
     head_and_batch = program_idx // num_blocks
     head_idx, batch_idx = head_and_batch % num_heads, head_and_batch // num_heads
@@ -107,19 +107,19 @@ def attention_scale_d_q(
     row = begin + tl.arange(0, BLOCK_ROWS)
 
     buffer_idx, first_row = batch_idx, 0
-    if cu_seqlens_q is not None:
-        first_row = tl.load(cu_seqlens_q + batch_idx)
-        seqlen_q = tl.load(cu_seqlens_q + batch_idx + 1) - first_row
+    if cu_seqlens is not None:
+        first_row = tl.load(cu_seqlens + batch_idx)
+        seqlen = tl.load(cu_seqlens + batch_idx + 1) - first_row
         buffer_idx = 0
     line = tl.cast(buffer_idx * num_heads + head_idx, tl.int64)
-    first_sum = _first_sum(line, num_sum_blocks, cu_seqlens_q, batch_idx, first_row, BLOCK_D)
+    first_sum = _first_sum(line, num_sum_blocks, cu_seqlens, batch_idx, first_row, BLOCK_D)
     place = tl.cast(begin, tl.int64) * BLOCK_D + tl.arange(0, BLOCK_ROWS * BLOCK_D)
-    sums = tl.load(d_q_sums + first_sum + place, mask=place < tl.cdiv(seqlen_q, SUM_ROWS) * SUM_ROWS * BLOCK_D)
-    tile = (_in_rows(sums, BLOCK_ROWS, BLOCK_D) * scale).to(d_q.ptr.dtype.element_ty)
+    sums = tl.load(all_sums + first_sum + place, mask=place < tl.cdiv(seqlen, SUM_ROWS) * SUM_ROWS * BLOCK_D)
+    tile = (_in_rows(sums, BLOCK_ROWS, BLOCK_D) * scale).to(gradient.ptr.dtype.element_ty)
     cols = tl.arange(0, BLOCK_D)[None, :]
     token = (first_row + row).to(tl.int64)[:, None]
-    mask = (row < seqlen_q)[:, None] & (cols < HEAD_DIM)
-    tl.store(_place(d_q, buffer_idx, head_idx) + token * d_q.row_stride + cols, tile, mask=mask)
+    mask = (row < seqlen)[:, None] & (cols < HEAD_DIM)
+    tl.store(_place(gradient, buffer_idx, head_idx) + token * gradient.row_stride + cols, tile, mask=mask)
 
 
 @triton.jit

@@ -368,6 +368,14 @@ def test_cpu_tiles_sum_d_q_up_in_memory_a_sequence_at_a_time_and_nothing_else() 
         assert extra["delta"] == 4 * 2048 * 4 and extra["float32 sums of d_q"] == 4 * 2048 * 64 * 4
 
 
+def test_split_tiles_of_keys_have_float32_sums_in_memory() -> None:
+    shape: dict[str, Any] = {"seqlen_q": 2048, "heads_q": 32, "heads_kv": 8, "head_dim": 128, "device": "h200"}
+    one, three = (flashtile.explain(**shape, batch=batch, causal=True) for batch in (1, 3))
+    split, whole = ({term.what: term.num_bytes for term in each.costs[1].tiled.extra} for each in (one, three))
+    assert split.keys() - whole.keys() == {"float32 sums of d_k, d_v"}
+    assert split["float32 sums of d_k, d_v"] == 2048 * 8 * (128 + 128) * 4
+
+
 def test_the_gradient_of_a_16bit_bias_is_summed_up_in_float32() -> None:
     biased: dict[str, Any] = {**SHAPE, "bias_shape": (4, 37, 53), "gradients": ("q", "bias")}
     for dtype, expected in ((torch.bfloat16, 4 * 37 * 53 * 4), (torch.float32, 0)):

@@ -12,7 +12,7 @@ import torch
 
 from flashtile.bench import arguments, baselines, compile_ahead, kernels, timing
 from flashtile.bench.arguments import Effort
-from flashtile.bench.baselines import Peer
+from flashtile.bench.baselines import FLASHTILE, Peer
 from flashtile.bench.cases import DIRECTIONS, OPTIONS, BenchCase, default_grids
 from flashtile.bench.labels import filtered
 from flashtile.bench.results import KernelResults
@@ -57,7 +57,7 @@ def add_arguments(benchmarks: Any) -> argparse.ArgumentParser:
         nargs="+",
         type=arguments.some_of("a peer", names),
         metavar="PEER",
-        help=f"whom to measure, out of {', '.join(names)} (default: all that are here)",
+        help=f"whom to measure beside flashtile, out of {', '.join(names)} (default: all that are here)",
     )
     parser.add_argument(
         "--compile-processes",
@@ -106,7 +106,8 @@ def _cases(args: argparse.Namespace, device_type: str) -> tuple[BenchCase, ...]:
 
 
 def _peers(args: argparse.Namespace) -> tuple[Peer, ...]:
-    wanted = {name for group in args.peers for name in group} if args.peers else None
+    """flashtile and those that are named: without it the others would have nobody to be compared with."""
+    wanted = {FLASHTILE, *(name for group in args.peers for name in group)} if args.peers else None
     return tuple(peer for peer in baselines.PEERS if wanted is None or peer.name in wanted)
 
 

@@ -288,8 +288,8 @@ def _backward(
                 delta.zero_()
         tensors = (*given, *made)
         launches = [launch(problem, tensors, plan) for launch in (_launch_row_statistics, _launch_gradients)]
-        split = _backward_tiles_of(plan).num_splits > 1
-        launches += [_launch_scale(problem, tensors, name) for name in ("q", "k", "v") if name == "q" or split]
+        names = ("q", "k", "v") if _backward_tiles_of(plan).num_splits > 1 else ("q",)
+        launches += [_launch_scale(problem, tensors, name) for name in names]
         found = _gradients(problem, given, made)
     return found, relaunches(launches), tensors
 
@@ -349,10 +349,8 @@ def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan:
     tiles = _backward_tiles_of(plan)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:
-        operands, (_out, d_out, _lse, _d_lse, lse_log2, delta, d_q_sums, counter, _d_q, d_k, d_v, *kv_sums) = (
-            operands_of(tensors)
-        )
-        d_k_sums, d_v_sums = kv_sums
+        operands, (_out, d_out, _lse, _d_lse, lse_log2, delta, d_q_sums, counter, _d_q, *of_keys) = operands_of(tensors)
+        d_k, d_v, d_k_sums, d_v_sums = of_keys
         width, width_v = widths(problem)
         num_kv_tiles = -(-problem.seqlen_kv // tiles.block_kv)
         return (

@@ -267,7 +267,7 @@ def num_backward_splits(problem: AttentionProblem, tiles: BackwardTiles, device:
                 heapq.heapreplace(sms, sms[0] + num_steps / num_splits + STEPS_OF_A_START)
         return max(sms) + (STEPS_OF_SPLITS if num_splits > 1 else 0)
 
-    most = max(steps) // FEWEST_STEPS
+    most = max(steps, default=0) // FEWEST_STEPS
     return min((1, *(num for num in SPLITS if num <= most)), key=time)
 
 

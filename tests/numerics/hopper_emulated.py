@@ -216,8 +216,12 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 def calls(sets: list[str]) -> Iterator[tuple[str, CallSpec, int]]:
     """(set, call, number of SMs)"""
-    every = {"split": NUM_SMS_OF_SPLIT, "further shares": NUM_SMS[:1]}
-    every |= dict.fromkeys(("split queries", "split queries, two loops"), NUM_SMS_OF_SPLIT)
+    every = {
+        "split": NUM_SMS_OF_SPLIT,
+        "split queries": NUM_SMS_OF_SPLIT,
+        "split queries, two loops": NUM_SMS_OF_SPLIT,
+        "further shares": NUM_SMS[:1],
+    }
     for name in sets:
         for index, spec in enumerate(SETS[name]()):
             in_turn = NUM_SMS[index % len(NUM_SMS) :][:1]

@@ -23,8 +23,14 @@ def emulate(*arguments: str) -> tuple[int, str]:
 
 
 SETS = ["edges", "turns", "packed", "one query", "split", "huge", "mixes"]
-SETS_WITH_GRADIENTS = ["gradients", "two loops", "further shares", "first rows", "split queries"]
-SETS_WITH_GRADIENTS += ["split queries, two loops"]
+SETS_WITH_GRADIENTS = [
+    "gradients",
+    "two loops",
+    "further shares",
+    "first rows",
+    "split queries",
+    "split queries, two loops",
+]
 
 
 @pytest.mark.parametrize("calls", [*SETS, *SETS_WITH_GRADIENTS])

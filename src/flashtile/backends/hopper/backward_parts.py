@@ -27,6 +27,16 @@ from flashtile.backends.hopper.primitives.tiles import store_rows, zero_rows_fro
 ROWS = gl.constexpr(constants.ROWS)
 SUM_ROWS = gl.constexpr(constants.SUM_ROWS)
 NUM_CONSUMERS = gl.constexpr(2)
+RUNTIME_NUMBERS = [
+    "num_sum_blocks",
+    "num_stored_rows",
+    "num_heads",
+    "heads_together",
+    "num_splits",
+    "seqlen_q",
+    "seqlen_kv",
+]
+"""Parameters of each backward kernel that must not become compile-time numbers, or a new length would compile it."""
 
 
 class Order(NamedTuple):
@@ -99,6 +109,7 @@ class Channels(NamedTuple):
 
 @jit
 def num_shares(order):
+    """Of all programs."""
     num = order.num_tiles * order.num_heads
     if order.num_splits is not None:
         num *= order.num_splits
@@ -357,18 +368,10 @@ def add_d_q(sums, d_q, call, work, tile_idx, head_idx, COL: gl.constexpr, BLOCK_
             pack=4,
         )
     elif call.sequences.cu_seqlens_q is None:
-        add_numbers(places, in_order)
+        add_numbers(places, in_order, None)
     else:  # blocks behind the end belong to the next sequence
         exists = tile_idx * NUM_BLOCKS + block_idx < gl.cdiv(work.sequence.seqlen_q, SUM_ROWS)
-        inline_asm(
-            """{ .reg .pred exists; setp.ne.b32 exists, $9, 0;
-            @exists red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }""",
-            "=r,l,l,l,l,r,r,r,r,r,r,r,r",
-            [places.to(gl.int64, bitcast=True), in_order, exists.to(gl.int32)],
-            dtype=gl.int8,
-            is_pure=False,
-            pack=4,
-        )
+        add_numbers(places, in_order, exists)
 
 
 @jit
@@ -393,16 +396,27 @@ def places_in_sums(sums, line, block, first_block, numbers, COL: gl.constexpr, N
 
 
 @jit
-def add_numbers(places, numbers):
-    """Adds each thread's numbers to memory, four neighbours at a time."""
-    inline_asm(
-        "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0;",
-        "=r,l,l,l,l,r,r,r,r",
-        [places.to(gl.int64, bitcast=True), numbers],
-        dtype=gl.int8,  # four of them are the one result that an instruction for four numbers has to have
-        is_pure=False,
-        pack=4,
-    )
+def add_numbers(places, numbers, exists):
+    """Adds each thread's numbers to memory, four at a time; only of blocks that exist, or of all if ``None``."""
+    if exists is None:
+        inline_asm(
+            "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0;",
+            "=r,l,l,l,l,r,r,r,r",
+            [places.to(gl.int64, bitcast=True), numbers],
+            dtype=gl.int8,  # four of them are the one result that an instruction for four numbers has to have
+            is_pure=False,
+            pack=4,
+        )
+    else:
+        inline_asm(
+            """{ .reg .pred exists; setp.ne.b32 exists, $9, 0;
+            @exists red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }""",
+            "=r,l,l,l,l,r,r,r,r,r,r,r,r",
+            [places.to(gl.int64, bitcast=True), numbers, exists.to(gl.int32)],
+            dtype=gl.int8,
+            is_pure=False,
+            pack=4,
+        )
 
 
 @jit
@@ -425,4 +439,4 @@ def store_gradient(target, gradient, dtype: gl.constexpr, call, work, begin, HEA
         line = work.batch_idx * (call.heads.num_q // call.heads.per_kv) + work.kv_head_idx
         NUM_COLS: gl.constexpr = gradient.shape[1]
         places, _block_idx = places_in_sums(target, line, 0, begin // SUM_ROWS, in_order, 0, NUM_COLS)
-        add_numbers(places, in_order)
+        add_numbers(places, in_order, None)

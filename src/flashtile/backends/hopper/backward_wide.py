@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from flashtile.backends.hopper.backward_parts import (
     NUM_CONSUMERS,
     ROWS,
+    RUNTIME_NUMBERS,
     Call,
     Channels,
     Order,
@@ -58,17 +59,7 @@ class Exchange(NamedTuple):
     d_s: Any
 
 
-@jit(
-    do_not_specialize=[
-        "num_sum_blocks",
-        "num_stored_rows",
-        "num_heads",
-        "heads_together",
-        "num_splits",
-        "seqlen_q",
-        "seqlen_kv",
-    ]
-)
+@jit(do_not_specialize=RUNTIME_NUMBERS)
 def attention_backward_wide(
     q_desc,
     k_desc,

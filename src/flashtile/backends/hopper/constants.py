@@ -17,4 +17,4 @@ PARTS = 32
 """How many parts of rows are combined at a time."""
 
 SUM_ROWS = 16
-"""The sums of d_q lie in blocks of so many rows, those of one warp's product; sequences start as above."""
+"""The sums of gradients lie in blocks of so many rows, those of one warp's product; sequences start as above."""

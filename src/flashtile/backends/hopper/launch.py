@@ -345,7 +345,7 @@ def _backward_tiles_of(plan: Plan) -> BackwardTiles:
 
 
 def _launch_gradients(problem: AttentionProblem, tensors: tuple[Any, ...], plan: Plan) -> Relaunch | None:
-    """Fills d_k and d_v, and adds d_q up."""
+    """Adds d_q up, and fills d_k and d_v, or adds them up too where tiles of keys are split."""
     tiles = _backward_tiles_of(plan)
 
     def kernel_arguments(*tensors: Any) -> tuple[Any, ...]:

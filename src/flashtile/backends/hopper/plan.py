@@ -86,13 +86,15 @@ _FORWARD: dict[tuple[int, bool], tuple[tuple[int, ForwardTiles], ...]] = {
 """(width of the wider head, is causal) -> tiles for up to so many queries; see docs/kernels/hopper_forward.md."""
 
 SPLITS = (2, 4, 8)
+"""Into how many parts the backward may split its tiles of keys."""
 MOST_SHARES_PER_SM = 2
+"""With more tiles for each SM it does not."""
 FEWEST_STEPS = 4
+"""That the longest tile has for each part."""
 STEPS_OF_A_START = 4
+"""What a share does before and after its steps takes as long as so many."""
 STEPS_OF_SPLITS = 5
-"""What the backward may split tiles of keys into; with more shares for each SM it does not, nor into parts of fewer
-steps. What a share takes before and after its steps, and what the passes for d_k and d_v take, in steps.
-"""
+"""So do the passes for d_k and d_v."""
 
 _NARROW_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=3)
 _MIDDLE_BACKWARD = BackwardTiles(block_q=64, block_kv=128, num_stages=2)

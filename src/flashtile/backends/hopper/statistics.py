@@ -1,4 +1,5 @@
-"""Before the backward: delta = rowsum(out * d_out) - d_lse, the lse as a power of two, and zeros. After it: d_q.
+"""Before the backward: delta = rowsum(out * d_out) - d_lse, the lse as a power of two, and zeros. After it: d_q,
+and d_k and d_v where they were added up too.
 
 Plain Triton: passes that memory bounds have no use for Hopper's asynchronous units. Both go from the last head to the
 first: then the L2 cache has what the kernel begins with, and what it ended with.

@@ -36,12 +36,12 @@ class RowNumbers(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums of d_q [lines, num_blocks, SUM_ROWS * BLOCK_D]: a line for each head, a block for each ``SUM_ROWS`` rows."""
+    """Sums of a gradient [lines, num_blocks, SUM_ROWS * columns]: a line for a head, a block for ``SUM_ROWS`` rows."""
 
     ptr: Any
     num_blocks: Any
     num_stored_rows: Any
-    """How many of the first rows see only keys of the first tile, whose d_q is stored and not added; or ``None``."""
+    """Of d_q: how many of the first rows see the first tile of keys alone: theirs is stored, not added; or ``None``."""
 
 
 @jit
